@@ -348,6 +348,12 @@ class FakeStream:
         return self.relayed and self.is_direct_now()
 
     @property
+    def is_free(self) -> bool:
+        """Whether a frame goes out without a wait."""
+        room = self._send.statistics()
+        return room.current_buffer_used < room.max_buffer_size
+
+    @property
     def limit(self) -> int:
         """Most bytes of a frame that has not come yet."""
         return self._decoder.max_frame

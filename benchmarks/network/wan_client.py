@@ -169,6 +169,11 @@ class WatchedSession:
         self._note(self._session)
         return result
 
+    def measure(self, pending: Pending) -> None:
+        """See Session."""
+        self._session.measure(pending)
+        self._note(self._session)
+
 
 class TimedEnds:
     """Ends that add up their time.  seconds: of embedding and head."""

@@ -26,6 +26,10 @@ class PeerStream(Protocol):
     def has_better_way(self) -> bool:
         """Whether it runs through a relay, and a direct connection to the peer is there."""
 
+    @property
+    def is_free(self) -> bool:
+        """Whether a short frame goes out without a wait."""
+
     async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
         """Send one frame, to be taken within `seconds`.  Raises SlowPeer, PeerGone."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from client.generation.head_batches import HeadBatches
 from client.session.inputs import Feed
 from client.session.session import Session, deadlines
+from client.session.steps import Pending
 from client.session.trace import Trace
 from node.model.blocks.rope import LengthRope
 from node.runtime.compute_thread import Runner
@@ -77,6 +78,7 @@ class Conversation:
     session: Session | None = None
     tokens: list[int] = field(default_factory=list)
     _rope_length: int = 0  # of the cached positions, see `StepRange`
+    _ahead: int | None = None  # the token after `tokens` whose step was sent ahead
 
     @property
     def recoveries(self) -> int:
@@ -90,11 +92,14 @@ class Conversation:
         *,
         best_only: bool = False,
         prompt: int | None = None,
+        follow: Callable[[T], int | None] | None = None,
     ) -> T:
         """pick(logits float32 [vocabulary]) after `tokens`; `pick` runs in the torch thread.
 
         best_only: `pick` needs the place of the largest logit alone; others may be -inf.
         prompt: the number of tokens that were given and not generated; None: all.
+        follow: called with the answer; the token that the next call will have after these, or None.  Its step
+        is sent before this call returns, where it can be sent at once.
 
         Raises ValueError for more than max_length tokens or none; and, when give_up_seconds have
         passed, the last PeerFault, Refused or NoChain.  A later call sends no token that the remaining
@@ -103,12 +108,21 @@ class Conversation:
         if not 0 < len(tokens) <= self.max_length:
             raise ValueError(f"{len(tokens)} tokens, 1 to {self.max_length} are allowed here")
         deadline, until = deadlines(self.give_up_seconds, len(tokens), None)
+        prompt = prompt or len(tokens)
         while True:
             try:
                 with trio.fail_at(until + LATE_SECONDS):
-                    return await self._attempt(
-                        tokens, pick, best_only, prompt or len(tokens), deadline, until
-                    )
+                    session, result, step = await self._answer(tokens, prompt, deadline, until)
+                    try:
+                        read = partial(session.decode, result)
+                        picked = await self.heads.pick(read, pick, best_only=best_only)
+                        if follow is not None and (token := follow(picked)) is not None:
+                            await self._send_ahead(session, len(tokens), token)
+                    finally:
+                        if step is not None:
+                            session.measure(step)
+                    self.worked(session)
+                    return picked
             except BadResult as bad:
                 if bad.peer is None or self.session is None or trio.current_time() >= deadline:
                     raise
@@ -120,29 +134,27 @@ class Conversation:
 
     def adopt(self, session: Session, tokens: list[int]) -> None:
         """Go on with a session whose caches hold these tokens."""
-        self.session, self.tokens = session, list(tokens)
+        self.session, self.tokens, self._ahead = session, list(tokens), None
 
     def close(self) -> None:
         """End the session; the conversation may be used again, and then opens another."""
         if self.session is not None:
             self.session.close()
-        self.session, self.tokens = None, []
+        self.session, self.tokens, self._ahead = None, [], None
 
-    async def _attempt(
-        self,
-        tokens: list[int],
-        pick: Callable[[Tensor], T],
-        best_only: bool,
-        prompt: int,
-        deadline: float,
-        until: float,
-    ) -> T:
+    async def _answer(
+        self, tokens: list[int], prompt: int, deadline: float, until: float
+    ) -> tuple[Session, Result, Pending | None]:
+        """The answer to the step of the last token, and that step where it is not measured yet."""
         if self.session is None:
             self.session = await self.open_chain(
                 max_length=self.max_length, deadline=deadline, trace=self.trace
             )
-            self.tokens = []
+            self.tokens, self._ahead = [], None
         session = self.session
+        step = await self._answer_ahead(session, tokens, deadline, until)
+        if step is not None and step.result is not None:
+            return session, step.result, step
         # One token at least is sent: the logits come out of its answer.
         kept = min(_common(self.tokens, tokens), len(tokens) - 1)
         if self.local_model.rope is not None:
@@ -156,23 +168,51 @@ class Conversation:
             self.tokens = tokens[:stop]
 
         feed = Feed(session, "last", deadline, until, self.give_up_seconds, self._rope_length)
-        result = await feed.run(kept, len(tokens), partial(self._embed, session, tokens), answered)
-        picked = await self.heads.pick(partial(session.decode, result), pick, best_only=best_only)
-        self.worked(session)
-        return picked
 
-    async def _embed(self, session: Session, tokens: list[int], first: int, last: int) -> Buffer | PackedBody:
-        """Tokens [first, last) to the encoded hidden states [1, last - first, hidden] of a step."""
+        async def body_of(first: int, last: int) -> Buffer | PackedBody:
+            return await self._embed(session, tokens[first:last], first)
+
+        result = await feed.run(kept, len(tokens), body_of, answered)
+        return session, result, None
+
+    async def _answer_ahead(
+        self, session: Session, tokens: list[int], deadline: float, until: float
+    ) -> Pending | None:
+        """The step that was sent ahead, with its answer, where it is the last one of these tokens."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        cached = [*self.tokens, ahead]
+        is_wanted = cached == tokens
+        if (step := session.ahead) is None:  # it was given up
+            return None
+        await session.take(step, deadline=deadline, until=until)
+        self.tokens = cached
+        if not is_wanted:
+            session.measure(step)
+        return step if is_wanted else None
+
+    async def _send_ahead(self, session: Session, position: int, token: int) -> None:
+        """Send the step of the token at `position`, unless something has to be done before."""
+        # Where angles depend on the length the next token may have all positions computed anew.
+        is_next = position == len(self.tokens) < self.max_length and self.local_model.rope is None
+        if is_next and self.local_model.stateless:
+            body = await self._embed(session, [token], position)
+            if await session.send_ahead(body, position):
+                self._ahead = token
+
+    async def _embed(self, session: Session, tokens: list[int], position: int) -> Buffer | PackedBody:
+        """Tokens, the first at `position`, to the encoded hidden states [1, tokens, hidden] of a step."""
 
         def embed() -> Buffer | PackedBody:
             import torch
 
-            ids = torch.tensor([tokens[first:last]])
-            return session.encode(self.local_model.embed(ids, self.first_position + first))
+            ids = torch.tensor([tokens])
+            return session.encode(self.local_model.embed(ids, self.first_position + position))
 
         # One token takes less time here than its way into the torch thread and back.  A model that keeps
         # state belongs to that thread, where another generation may be using it.
-        here = last - first == 1 and self.local_model.stateless
+        here = len(tokens) == 1 and self.local_model.stateless
         return embed() if here else await self.compute.run(embed)
 
 

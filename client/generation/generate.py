@@ -59,6 +59,8 @@ class Generation:
     settings: Settings
     generator: Generator | None = None  # of random numbers, in place of the options' seed
     _tokens: list[int] = field(default_factory=list)
+    _left: int = 0  # tokens that may come after the next one
+    _piece: str | None = None  # of the text, where it was made before the next step was sent
 
     @property
     def _end_ids(self) -> frozenset[int]:
@@ -85,14 +87,23 @@ class Generation:
         def choose(logits: Tensor) -> Choice:
             return sampler.choose(logits, self._tokens)
 
+        def follow(choice: Choice) -> int | None:
+            return choice.token if self._goes_on(text, choice.token) else None
+
         try:
             began = time.perf_counter()
             for left in range(self.settings.max_new_tokens - 1, -1, -1):
-                token, logprob, top = await self.conversation.logits_after(
-                    self._tokens, choose, best_only=self.settings.options.best_only, prompt=len(prompt)
+                self._left = left
+                choice = await self.conversation.logits_after(
+                    self._tokens,
+                    choose,
+                    best_only=self.settings.options.best_only,
+                    prompt=len(prompt),
+                    follow=follow,
                 )
+                token, logprob, top = choice
                 self._tokens.append(token)
-                piece, reason = self._text_of(text, token, left)
+                piece, reason = self._text_of(text, token)
                 now = time.perf_counter()
                 yield Token(token, piece, now - began, reason, logprob, top)
                 if reason is not None:
@@ -102,15 +113,27 @@ class Generation:
             if close:
                 self.conversation.close()
 
-    def _text_of(self, text: TextStream, token: int, left: int) -> tuple[str, FinishReason | None]:
+    def _goes_on(self, text: TextStream, token: int) -> bool:
+        """Whether another token surely comes after `token`.
+
+        Its text waits until the next step was sent, unless it may hold a stop string.
+        """
+        self._piece = None
+        if not self._left or token in self._end_ids or token in (self.settings.options.stop_token_ids or ()):
+            return False
+        if self.settings.stop:
+            self._piece = text.push(token)
+        return not text.stopped
+
+    def _text_of(self, text: TextStream, token: int) -> tuple[str, FinishReason | None]:
         """The text that `token` makes certain, and whether it is the last one."""
         if token in self._end_ids:
             return text.finish(), "stop" if text.found else "end"
         if token in (self.settings.options.stop_token_ids or ()):
             return text.finish(), "stop"
-        piece = text.push(token)
-        if left == 0 and not text.stopped:
+        piece = text.push(token) if self._piece is None else self._piece
+        if self._left == 0 and not text.stopped:
             piece += text.finish()
         if text.found:
             return piece, "stop"
-        return piece, "length" if left == 0 else None
+        return piece, "length" if self._left == 0 else None

@@ -191,23 +191,28 @@ class ClientSession:
         pending = self.steps.add(what, body, bulk, now, packed)
         return pending, self._send(pending, now) if self.state is State.SOUND else None
 
-    def collected(self, pending: Pending, result: Result, now: float) -> tuple[StepTimes, Action | None]:
-        """The caller takes the answer to a step: the parts of its time, and the actions."""
+    def take(self, pending: Pending, result: Result) -> None:
+        """The caller takes the answer to a step.  `measure` follows, perhaps after the next step was sent."""
         self.last_error = None
         self.steps.collected(pending)
         if self.pauses.openings or self.pauses.endings:
             self.pauses.answered()
-        alone = not self.steps.pending
-        if alone and result.epoch == self.route.epoch:
+        pending.take(alone=not self.steps.pending)
+        if pending.alone and result.epoch == self.route.epoch:
             self.route.refilled()
+
+    def measure(self, pending: Pending, result: Result, now: float) -> tuple[StepTimes, Action | None]:
+        """The parts of the time of a step whose answer was taken, and the action."""
         hops = tuple([(held / 1e6, computing / 1e6) for held, computing in pending.timings + result.timings])
-        times = StepTimes(now - pending.began, hops)
+        times = StepTimes(pending.seconds, hops)
         if self.outage.refilled_at is not None and self.state is State.SOUND:
             return times, self.outage.recovered(now)
         if pending.what.tokens > 1:
             return times, _speeds(self.route, pending, result)
+        if not pending.is_measure:
+            return times, None
         self.relocation.observe(self.route.chain.hops, times, self.route.chain.expected_seconds)
-        if self.terms.batch > 1 or not alone:  # rows and steps wait for each other
+        if self.terms.batch > 1 or not pending.alone:  # rows and steps wait for each other
             return times, None
         return times, Observe(self.route.chain.hops, [held for held, _ in hops], times.total)
 
@@ -217,7 +222,7 @@ class ClientSession:
         """Take in an event; the actions.  Raises MessageError for a wrong answer."""
         match event:
             case Answered(hop, result):
-                return self._answered(hop, result)
+                return self._answered(hop, result, now)
             case Located(hop, here):
                 hop.answer(here)
                 return []
@@ -241,10 +246,16 @@ class ClientSession:
             case Reordering():
                 unable = self.route.reorder_rows()
                 return [act for hop in unable for act in self._lost(hop, cannot_reorder(hop.hop.peer), now)]
+            case Closed() if self.state is State.CLOSED:
+                return []
             case Closed():
-                return self._close()
+                self._become(State.CLOSED)
+                for hop in self.route.opened:
+                    hop.close()
+                leave = [Leave(hop) for hop in self.route.opened]
+                return [Note("ended"), *leave, StopSwitching(), Repair("closed")]
 
-    def _answered(self, hop: HopState, result: Result) -> list[Action]:
+    def _answered(self, hop: HopState, result: Result, now: float) -> list[Action]:
         pending = self.steps.pending.get(result.step) if not result.replay else None
         if hop.hop.stop < self.terms.run.stop:
             if pending is not None:
@@ -259,7 +270,7 @@ class ClientSession:
                 f"{tokens} positions from {result.position} on came back,"
                 f" {what.reply_tokens} from {what.reply_position} on were asked for"
             )
-        pending.deliver(result)
+        pending.deliver(result, now)
         return [Deliver(pending)]
 
     def _reported(self, hop: HopState, failed: Failed, now: float) -> list[Action]:
@@ -403,13 +414,16 @@ class ClientSession:
             raise LocalProtocolError(f"a session that is {self.state.name} becomes {state.name}")
         self.state = state
 
-    def _close(self) -> list[Action]:
-        if self.state is State.CLOSED:
-            return []
-        self._become(State.CLOSED)
-        for hop in self.route.opened:
-            hop.close()
-        return [Note("ended"), *(Leave(hop) for hop in self.route.opened), StopSwitching(), Repair("closed")]
+
+def is_undisturbed(session: ClientSession, position: int, now: float) -> bool:
+    """Whether a step from `position` on, the end of the caches, can be sent with nothing to do before."""
+    if session.state is not State.SOUND or session.steps.pending or position != session.steps.length:
+        return False
+    if session.route.refilling or any(hop.leaving for hop in session.route.hops):
+        return False
+    if session.ways.known and session.ways.is_move_due(session.route.hops):
+        return False
+    return not session.relocation.is_search_due(session.steps.length, len(session.route.hops), now)
 
 
 def _check_carried(result: Result, what: StepRange, contract: Contract) -> None:

@@ -456,3 +456,10 @@ class Route:
             await link.say_goodbye()
             del self._links[hop]
             self.wake()
+
+
+def is_free(route: Route) -> bool:
+    """Whether the first hop takes a short step without a wait."""
+    hops = route.core.route.hops
+    link = route._links.get(hops[0]) if hops else None
+    return link is not None and link.stream.is_free and not route._bulk

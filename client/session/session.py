@@ -25,10 +25,10 @@ from torch import Tensor
 
 from client.chains.chooser import SwarmAccess
 from client.session.actions import Closed, Late, Lost, Moving, Reordering, StepsGivenUp
-from client.session.core import ClientSession, State
+from client.session.core import ClientSession, State, is_undisturbed
 from client.session.inputs import Feed, check_input
 from client.session.repair.contracts import Contracts
-from client.session.route import Route
+from client.session.route import Route, is_free
 from client.session.route_state import RouteState
 from client.session.steps import Pending, StepTimes
 from client.session.terms import Terms
@@ -60,6 +60,7 @@ class Session:
 
     give_up_seconds: the default time of one call, repairs included.
     times: of the last step.  max_step_tokens: positions that one step may carry; longer inputs go in chunks.
+    ahead: the step of `send_ahead` until its answer is taken.
     """
 
     terms: Terms
@@ -74,6 +75,7 @@ class Session:
     core: ClientSession = field(init=False)
     route: Route = field(init=False)
     _journal: Journal = field(init=False)
+    ahead: Pending | None = None
 
     def __post_init__(self) -> None:
         terms = self.terms
@@ -175,7 +177,7 @@ class Session:
         if not tokens:
             if rows is not None:
                 raise ValueError("a step of 0 tokens does nothing, it cannot reorder rows")
-            return self._answer_to_nothing(reply)
+            return _answer_to_nothing(self, reply)
         deadline, until = deadlines(self.give_up_seconds, begin, seconds)
         body = await self.compute.run(self.encode, hidden)
         whole = begin + tokens if rope_length is None else rope_length
@@ -186,7 +188,7 @@ class Session:
         if reply == "none":
             return None
         try:
-            return await self._decoded([result])
+            return await _decoded(self, [result])
         except BaseException:
             if pending.what.rows and self.length == begin + tokens:
                 self.core.steps.revoke(pending)
@@ -211,7 +213,7 @@ class Session:
         check_input(self.terms, hidden, position, reply, seconds)
         begin, tokens = self.length if position is None else int(position), int(hidden.shape[1])
         if not tokens:
-            return self._answer_to_nothing(reply)
+            return _answer_to_nothing(self, reply)
         stop = begin + tokens
         if stop > self.terms.max_length:
             raise ValueError(
@@ -226,23 +228,7 @@ class Session:
 
         feed = Feed(self, reply, deadline, until, self.give_up_seconds, whole, self.terms.batch)
         await feed.run(begin, stop, body_of, lambda _, result: results.append(result))
-        return None if reply == "none" else await self._decoded(results if reply == "all" else results[-1:])
-
-    def _answer_to_nothing(self, reply: Reply) -> Tensor | None:
-        """Of an input of 0 positions.  Raises PeerGone after `close`."""
-        if self.core.state is State.CLOSED:
-            raise PeerGone("the session was closed")
-        shape = self.terms.batch, 0, self.terms.hidden
-        return None if reply == "none" else torch.empty(shape, dtype=WIRE_DTYPES[self.route.contract.codec])
-
-    async def _decoded(self, results: Sequence[Result]) -> Tensor:
-        """The hidden states of these answers, one after the other.  Raises BadResult."""
-        try:
-            parts = [await self.compute.run(self.decode, result) for result in results]
-        except BadResult as error:
-            self.distrust(error)
-            raise
-        return parts[0] if len(parts) == 1 else await self.compute.run(partial(torch.cat, dim=1), parts)
+        return None if reply == "none" else await _decoded(self, results if reply == "all" else results[-1:])
 
     async def submit(
         self,
@@ -262,6 +248,8 @@ class Session:
         Raises as `step`.
         """
         deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
+        if self.ahead is not None:
+            await self.collect(self.ahead, deadline=deadline)
         if not 0 < tokens <= self.max_step_tokens or position + tokens > self.terms.max_length:
             raise ValueError(
                 f"{tokens} positions from {position} on, {self.max_step_tokens} a step and"
@@ -277,18 +265,36 @@ class Session:
         if not self.core.steps.pending:
             if position > self.core.steps.length:
                 raise ValueError(f"a step from position {position} on, the caches hold {self.length}")
-            await self._before_step(position, deadline)
+            await _before_step(self, position, deadline)
         elif position != self._journal.stop:
             raise ValueError(
                 f"a step from position {position} on, others up to {self._journal.stop} are on their way"
             )
         if order:
             self._journal.reorder(position, self.core.steps.next_step, order)
+        return await self._send(StepRange(position, tokens, reply, rope_length, order), body)
+
+    async def send_ahead(self, body: Buffer | PackedBody, position: int) -> bool:
+        """Send a step of one position, the next one, before anybody asks for its answer; whether it was sent.
+
+        It is not where something has to be done before, for which `submit` waits: a repair, a move, or a full
+        stream.  `take` of `ahead` gives its answer; a `submit` before that drops the answer, and the position
+        stays in the caches.
+        """
+        core = self.core
+        if position >= self.terms.max_length or core.route.cannot_cut or not is_free(self.route):
+            return False
+        if not is_undisturbed(core, position, trio.current_time()):
+            return False
+        self.ahead = await self._send(StepRange(position, 1, "last"), body)
+        return True
+
+    async def _send(self, what: StepRange, body: Buffer | PackedBody) -> Pending:
+        """Number a step, and send it if the route is sound."""
         packed: Buffer | None = None
         if isinstance(body, PackedBody):
             packed, body = body.wire, body.kept
-        self._journal.append(position, tokens, body, rope_length)
-        what = StepRange(position, tokens, reply, rope_length, order)
+        self._journal.append(what.position, what.tokens, body, what.rope_length)
         pending, send = self.core.submit(what, body, trio.current_time(), packed)
         try:
             if send is not None:
@@ -306,7 +312,16 @@ class Session:
 
         until: the latest deadline, which moves while a replay before the step makes progress.
         """
+        result = await self.take(pending, deadline=deadline, until=until)
+        self.measure(pending)
+        return result
+
+    async def take(
+        self, pending: Pending, *, deadline: float | None = None, until: float | None = None
+    ) -> Result:
+        """As `collect`; the caller gives the step to `measure` when it has done what is more urgent."""
         deadline = trio.current_time() + self.give_up_seconds if deadline is None else deadline
+        pending.wait(trio.current_time())
         try:
             while pending.result is None:
                 if until is not None:
@@ -322,11 +337,32 @@ class Session:
         except BaseException:
             self.give_up_steps()
             raise
-        self._collected(pending, pending.result)
+        if pending is self.ahead:
+            self.ahead = None
+        self.core.take(pending, pending.result)
         return pending.result
+
+    def measure(self, pending: Pending) -> None:
+        """Take the measurements of a step whose answer was taken, and note them in the trace."""
+        what, result = pending.what, pending.result
+        assert result is not None, "measured before its answer was taken"
+        self.times, action = self.core.measure(pending, result, trio.current_time())
+        if action is not None:
+            self.route.apply([action])
+        self.trace.add(
+            "step",
+            step=pending.step,
+            position=what.position,
+            tokens=what.tokens,
+            seconds=self.times.total,
+            hops=self.times.hops,
+            sent=what.tokens * self.route.contract.row_bytes,
+            received=len(result.body),
+        )
 
     def give_up_steps(self) -> None:
         """Give up the steps on their way: their late answers must not meet later steps."""
+        self.ahead = None
         for step in self.core.steps.pending:
             self._journal.take_back_orders(step)
         self.route.tell(StepsGivenUp())
@@ -340,21 +376,6 @@ class Session:
         self.close()
         await self.route.wait_closed()
 
-    async def _before_step(self, position: int, deadline: float) -> None:
-        """No step is on its way: the time for repairs and for moves.  Raises as `step`."""
-        core, now = self.core, trio.current_time()
-        todo = core.before_step(position, now)
-        self._journal.cut(position)
-        if core.state is not State.SOUND:
-            return await self.route.repair(deadline)
-        if not core.route.refilling:
-            await self.route.end_bulk()
-        if todo is None and core.relocation.is_search_due(core.steps.length, len(core.route.hops), now):
-            todo = core.search()
-            core.relocation.searched(now, trio.current_time(), moves=todo is not None)
-        if todo is not None and self.route.tell(Moving(todo.why)):
-            await self.route.repair(deadline)
-
     async def _wait(self, pending: Pending, deadline: float) -> None:
         """Wait for news, or for the time to look after the step.  Raises SlowPeer at the deadline."""
         news = self.route.news
@@ -367,22 +388,39 @@ class Session:
             raise SlowPeer(f"no answer to step {pending.step} by the caller's deadline")
         await self.route.perform(self.core.receive(Late(pending), now))
 
-    def _collected(self, pending: Pending, result: Result) -> None:
-        """Take the measurements of an answer, and note them in the trace."""
-        what = pending.what
-        self.times, action = self.core.collected(pending, result, trio.current_time())
-        if action is not None:
-            self.route.apply([action])
-        self.trace.add(
-            "step",
-            step=pending.step,
-            position=what.position,
-            tokens=what.tokens,
-            seconds=self.times.total,
-            hops=self.times.hops,
-            sent=what.tokens * self.route.contract.row_bytes,
-            received=len(result.body),
-        )
+
+def _answer_to_nothing(session: Session, reply: Reply) -> Tensor | None:
+    """Of an input of 0 positions.  Raises PeerGone after `close`."""
+    if session.core.state is State.CLOSED:
+        raise PeerGone("the session was closed")
+    shape = session.terms.batch, 0, session.terms.hidden
+    return None if reply == "none" else torch.empty(shape, dtype=WIRE_DTYPES[session.route.contract.codec])
+
+
+async def _decoded(session: Session, results: Sequence[Result]) -> Tensor:
+    """The hidden states of these answers, one after the other.  Raises BadResult."""
+    try:
+        parts = [await session.compute.run(session.decode, result) for result in results]
+    except BadResult as error:
+        session.distrust(error)
+        raise
+    return parts[0] if len(parts) == 1 else await session.compute.run(partial(torch.cat, dim=1), parts)
+
+
+async def _before_step(session: Session, position: int, deadline: float) -> None:
+    """No step is on its way: the time for repairs and for moves.  Raises as `step`."""
+    core, now = session.core, trio.current_time()
+    todo = core.before_step(position, now)
+    session._journal.cut(position)
+    if core.state is not State.SOUND:
+        return await session.route.repair(deadline)
+    if not core.route.refilling:
+        await session.route.end_bulk()
+    if todo is None and core.relocation.is_search_due(core.steps.length, len(core.route.hops), now):
+        todo = core.search()
+        core.relocation.searched(now, trio.current_time(), moves=todo is not None)
+    if todo is not None and session.route.tell(Moving(todo.why)):
+        await session.route.repair(deadline)
 
 
 def deadlines(give_up_seconds: float, positions: int, seconds: float | None) -> tuple[float, float]:

@@ -103,6 +103,8 @@ class Pending:
     to travel so.  bulk: it takes a stream of its own from hop to
     hop.
     began: time of its submission.  timings: of the hops before the last point at which the client carried it.
+    awaited_at: when its caller began to wait; None: at once.  answered_at: when the answer came.
+    alone: no other step was on its way when its answer was taken.
     """
 
     step: int
@@ -114,6 +116,9 @@ class Pending:
     result: Result | None = None
     timings: tuple[tuple[int, int], ...] = ()
     given_up: bool = False
+    awaited_at: float | None = None
+    answered_at: float = 0.0
+    alone: bool = False
     watch: StepWatch = field(default_factory=StepWatch)
 
     def start(self, now: float, look_at: float) -> None:
@@ -125,9 +130,32 @@ class Pending:
         """The client has the step in hand, after hops with these times."""
         self.timings += timings
 
-    def deliver(self, result: Result) -> None:
+    def wait(self, now: float) -> None:
+        """Its caller waits for the answer from now on."""
+        if self.awaited_at is None:
+            self.awaited_at = now
+
+    def deliver(self, result: Result, now: float) -> None:
         """The answer is there."""
-        self.result = result
+        self.result, self.answered_at = result, now
+
+    def take(self, *, alone: bool) -> None:
+        """Its caller takes the answer.  alone: no other step is on its way."""
+        self.alone = alone
+
+    @property
+    def seconds(self) -> float:
+        """From its submission to its answer."""
+        return self.answered_at - self.began
+
+    @property
+    def is_measure(self) -> bool:
+        """Whether its time says something of the hops: its caller has waited for most of it.
+
+        Else the caller may have kept this process from reading an answer that was there already.
+        """
+        waited_from = self.began if self.awaited_at is None else self.awaited_at
+        return waited_from - self.began <= self.answered_at - waited_from
 
     def give_up(self) -> None:
         """The caller has gone."""

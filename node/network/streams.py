@@ -130,6 +130,12 @@ class FramedStream:
         return self.better is not None and self.better()
 
     @property
+    def is_free(self) -> bool:
+        """Whether a short frame goes out without a wait."""
+        connection = getattr(self._stream, "connection", None)  # of muxed streams
+        return not self._sending.locked() and (connection is None or bool(connection.can_send_now))
+
+    @property
     def limit(self) -> int:
         """Most bytes of a frame that `receive` has not returned yet; never more than `max_frame_bytes`."""
         return self._decoder.max_frame

@@ -36,10 +36,10 @@ async def calls_of_a_token() -> Sequence[Called]:
         conversation = conversation_of(world)
         tokens = list(PROMPT)
         for _ in range(10):
-            tokens.append(await conversation.logits_after(tokens, best))
+            tokens.append(await conversation.logits_after(tokens, best, follow=int))
         tracer.start()
         try:
-            tokens.append(await conversation.logits_after(tokens, best))
+            tokens.append(await conversation.logits_after(tokens, best, follow=int))
         finally:
             tracer.stop()
         assert tokens[len(PROMPT) :] == generated(PROMPT, 11, 8)

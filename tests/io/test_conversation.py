@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from contextlib import aclosing
 from typing import Any, cast
 
 import pytest
+import torch
 import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.generation.conversation import Conversation
 from client.generation.generate import Generation
 from client.generation.generation_config import Settings
 from client.generation.options import SamplingOptions
+from client.session.actions import Lost, Moving
 from client.session.inputs import PREFILL_TOKENS, chunk_tokens
+from node.model.blocks.rope import LengthRope
 from routing.chains.search import NoChain
 from routing.names import PeerId
 from tensor_codec.errors import BadResult, CacheFull, Draining, PeerGone, Refused, SlowPeer
@@ -27,6 +32,7 @@ from tests.fakes_serving import (
     generated,
     hops_of,
     swarm,
+    whole_model,
 )
 
 BLOCKS = 6
@@ -369,3 +375,117 @@ async def test_a_generation_that_is_left_early_ends_its_session(autojump_clock):
         assert conversation.session is None
         await trio.sleep(1)
         world.assert_idle()
+
+
+# The next step goes out before its answer is asked for.
+
+
+def steps_at(world: World, name: str) -> list[tuple[int, int]]:
+    """The steps that a node has computed: first position, positions."""
+    return [step[:2] for step in world.nodes[PeerId(name)].span.steps]
+
+
+def generation_of(conversation: Conversation, *, stop: tuple[str, ...] = (), new: int = 8) -> Generation:
+    local_model = cast(FakeEmbedAndHead, conversation.local_model)
+    return Generation(local_model, conversation, Settings(SamplingOptions(), new, stop, ()))
+
+
+async def test_the_next_step_is_computed_while_nobody_waits_for_the_next_token(autojump_clock):
+    async with swarm() as world:
+        conversation = conversation_of(two_replicas(world, seconds=1))
+        async with aclosing(generation_of(conversation).run(list(PROMPT), close=True)) as tokens:
+            found = [(await anext(tokens)).id]
+            await trio.sleep(10)
+            assert steps_at(world, "b") == [(0, 5), (5, 1)]
+            began = trio.current_time()
+            found.append((await anext(tokens)).id)
+            assert trio.current_time() == began
+            found += [token.id async for token in tokens]
+        assert found == generated(PROMPT, 8, BLOCKS)
+        assert steps_at(world, "b") == [(0, 5), *((at, 1) for at in range(5, 12))]
+        assert conversation.trace.counts["step"] == 8
+        assert conversation.trace.counts["fault"] == 0
+
+
+@pytest.mark.parametrize(
+    ("ending", "count"), [({"new": 3}, 3), ({"stop": ("ku",)}, 3), ({"end_tokens": [20]}, 3)]
+)
+async def test_nothing_is_sent_after_the_last_token(ending, count, autojump_clock):
+    async with swarm() as world:
+        assert FakeEmbedAndHead().decode(generated(PROMPT, 3, BLOCKS))[1:] == "ku"
+        assert len(await tokens_of(world, **ending)) == count
+        await trio.sleep(1)
+        assert steps_at(world, "b") == [(0, 5), (5, 1), (6, 1)]
+
+
+@pytest.mark.parametrize("then", ["goes on", "has other tokens"])
+async def test_a_generation_that_is_left_early_leaves_a_conversation_for_other_tokens(then, autojump_clock):
+    async with swarm() as world:
+        conversation = conversation_of(two_replicas(world, seconds=1))
+        async with aclosing(generation_of(conversation).run(list(PROMPT), close=False)) as tokens:
+            found = [(await anext(tokens)).id for _ in range(2)]
+        longer = PROMPT + (found if then == "goes on" else [9, 9])
+        assert await continued(conversation, longer, 3) == generated(longer, 3, BLOCKS)
+        assert steps_at(world, "b")[:3] == [(0, 5), (5, 1), (6, 1)]  # the last one was sent ahead
+        assert steps_at(world, "b")[3] == ((7, 1) if then == "goes on" else (5, 2))
+        assert conversation.trace.counts["rerouted"] == 0
+        conversation.close()
+
+
+async def test_a_hop_that_dies_while_nobody_waits_is_replaced_when_somebody_does(autojump_clock):
+    async with swarm() as world:
+        conversation = conversation_of(two_replicas(world, seconds=1))
+        async with aclosing(generation_of(conversation).run(list(PROMPT), close=True)) as tokens:
+            found = [(await anext(tokens)).id]
+            await trio.sleep(0.5)
+            await world.kill("b")
+            await trio.sleep(5)
+            found += [token.id async for token in tokens]
+        assert found == generated(PROMPT, 8, BLOCKS)
+        assert conversation.recoveries == 1
+
+
+async def test_a_token_is_given_before_a_repair_that_the_next_one_needs(autojump_clock):
+    async with swarm() as world:
+        world.add("a", 0, 6)
+        conversation = conversation_of(world, give_up_seconds=20.0)
+
+        async def pick_and_kill(tokens: list[int]) -> int:
+            def follow(token: int) -> int:
+                assert conversation.session is not None
+                conversation.session.give_up_steps()
+                conversation.session.route.tell(Moving("a test"))
+                conversation.session.route.tell(Lost(conversation.session.core.route.hops[0], PeerGone("a")))
+                return token
+
+            return await conversation.logits_after(tokens, best, follow=follow)
+
+        began = trio.current_time()
+        assert [await pick_and_kill(list(PROMPT))] == generated(PROMPT, 1, BLOCKS)
+        assert trio.current_time() - began < 1
+        conversation.close()
+
+
+async def test_a_session_that_was_left_with_a_step_ahead_takes_other_steps(autojump_clock):
+    async with swarm() as world:
+        conversation = conversation_of(two_replicas(world, seconds=1))
+        token = await conversation.logits_after(list(PROMPT), best, follow=int)
+        session = conversation.session
+        assert session is not None
+        assert session.ahead is not None
+        hidden = FakeEmbedAndHead().embed(torch.tensor([[token, 7]]), 0)
+        answer = await session.step(hidden)
+        assert session.length == 7
+        whole = FakeEmbedAndHead().embed(torch.tensor([[*PROMPT, token, 7]]), 0)
+        assert torch.equal(answer, whole_model(whole, 0, BLOCKS)[:, -2:])
+        conversation.close()
+
+
+async def test_tokens_with_angles_of_the_length_are_not_sent_ahead(autojump_clock):
+    async with swarm() as world:
+        conversation = conversation_of(two_replicas(world))
+        cast(Any, conversation.local_model).rope = LengthRope((("dynamic", 4),))
+        await conversation.logits_after(list(PROMPT), best, follow=int)
+        assert conversation.session is not None
+        assert conversation.session.ahead is None
+        conversation.close()

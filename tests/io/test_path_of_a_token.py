@@ -181,8 +181,8 @@ def linked(text: str) -> set[str]:
 class Trace:
     """What one client's generations called.
 
-    first: for the first token of each, with the chain, the session and the prompt.  later: for every
-    further one.
+    first: for the first token of each, with the chain, the session and the prompt.  later: from the step of
+    a token to the step of the next one.
     """
 
     first: Sequence[Window] = field(repr=False)
@@ -217,15 +217,13 @@ async def trace_generations(model: Path, folder: Path) -> Trace:
             for _ in range(4 * GENERATIONS):
                 await trio.testing.wait_all_tasks_blocked(0.05)  # what the last one left is gone
                 events = Events()
-                windows: list[Window] = []
-                begin = len(tracer.calls)
+                begin, until_first = len(tracer.calls), 0
                 async for _ in swarm.generate(PROMPT_TEXT, max_new_tokens=TOKENS, trace=events):
-                    windows.append(tracer.calls[begin:])
-                    begin = len(tracer.calls)
+                    until_first = until_first or len(tracer.calls)
                 # On a machine that is much too busy hops are late, and asked and replaced as in a fault.
                 if not events.counts["fault"] and not events.counts["rerouted"]:
-                    first.append(windows[0])
-                    later += windows[1:]
+                    first.append(tracer.calls[begin:until_first])
+                    later += steps_of(tracer.calls[begin:])
                 if len(first) == GENERATIONS:
                     break
             assert len(first) == GENERATIONS, "this machine is too busy for a session without a fault"
@@ -235,6 +233,12 @@ async def trace_generations(model: Path, folder: Path) -> Trace:
                 await compute.run(tracer.stop)
         nursery.cancel_scope.cancel()
     return Trace(first, later)
+
+
+def steps_of(calls: Window) -> list[Window]:
+    """The calls of a generation from one token's step to the next one's, but the prompt's and the last."""
+    sent = [place for place, call in enumerate(calls) if call.name == "Conversation._send_ahead"]
+    return [calls[one:two] for one, two in pairwise(sent[1:])]
 
 
 @pytest.fixture(scope="module")

@@ -67,11 +67,17 @@ def hops(session):
     return "".join(hop.hop.peer for hop in session.route.hops)
 
 
+def taken(session, pending, now):
+    """The caller takes an answer that is there."""
+    session.take(pending, pending.result)
+    return session.measure(pending, pending.result, now)
+
+
 def collected(session, pending, now=2.0):
     """The step is answered by the last hop and taken by the caller."""
     (delivered,) = session.receive(Answered(session.route.hops[-1], answer_to(session, pending)), now)
     assert delivered == Deliver(pending)
-    return session.collected(pending, pending.result, now)
+    return taken(session, pending, now)
 
 
 # A step is sent only while the route is sound, and again, once, after every change of the route.
@@ -82,6 +88,19 @@ def test_a_step_goes_to_the_first_hop_of_a_sound_route():
     pending, send = session.submit(StepRange(0, 3), bytes(3 * ROW), 1.0)
     assert send == Send(pending, session.route.hops[0], bulk=False)
     assert hops(session) == "ABC"
+
+
+def test_the_time_of_a_step_is_a_measure_of_the_hops_where_its_caller_has_waited_for_most_of_it():
+    """A program that computes between two tokens keeps its own process from reading the answer."""
+    for awaited, is_measure in ((1.0, True), (2.4, True), (2.6, False)):
+        session = sound_session()
+        pending = submitted(session)
+        pending.wait(awaited)
+        session.receive(Answered(session.route.hops[-1], answer_to(session, pending)), 4.0)
+        times, action = taken(session, pending, now=9.0)
+        assert times.total == 4.0 - pending.began
+        assert isinstance(action, Observe) is is_measure
+        assert bool(session.relocation.lost_time.recent) is is_measure
 
 
 def test_a_step_before_the_route_is_sound_is_sent_once_it_is():
@@ -174,8 +193,8 @@ def test_what_a_step_shows_is_noted_for_later_choices_only_if_it_had_the_hops_to
     first, second = submitted(session), submitted(session)
     for pending in (first, second):
         session.receive(Answered(session.route.hops[2], answer_to(session, pending)), 2.0)
-    assert session.collected(first, first.result, 3.0)[1] is None
-    assert isinstance(session.collected(second, second.result, 3.0)[1], Observe)
+    assert taken(session, first, 3.0)[1] is None
+    assert isinstance(taken(session, second, 3.0)[1], Observe)
     _, action = collected(session, submitted(session, tokens=2))
     assert action is None
 
@@ -786,7 +805,7 @@ class SessionOverBadHops(RuleBasedStateMachine):
     def caller_collects(self) -> None:
         pending = next(iter(self.session.steps.pending.values()))
         if pending.result is not None:
-            self.session.collected(pending, pending.result, self.now)
+            taken(self.session, pending, self.now)
             assert self.session.steps.length == pending.what.position + pending.what.tokens
 
     @rule()

@@ -44,7 +44,7 @@ class LostTime:
 
     def too_much(self, length: int, hops: int) -> bool:
         """Whether to look for a better chain, for `length` positions at `hops` hops."""
-        if len(self.recent) < MIN_STEPS:
+        if not self._lost or len(self.recent) < MIN_STEPS:
             return False
         replay = length * REPLAYED_SHARE / hops  # of one hop's blocks, in usual steps
         return self._lost > statistics.median(self.recent) * min(MAX_LOST_STEPS, max(1.0, replay))
