@@ -19,6 +19,7 @@ from pathlib import Path
 BENCHMARKS: Mapping[str, str] = {
     "decode": "benchmarks.decode.decode",
     "flood": "benchmarks.decode.flood",
+    "peers": "benchmarks.peers.peers",
     "hf": "benchmarks.hf.hf",
     "wan": "benchmarks.network.wan",
     "wire": "benchmarks.network.wire",

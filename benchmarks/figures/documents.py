@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from benchmarks.figures.blocks import compute, decode, gateway, hf, hostile, network, recovery, swarm
+from benchmarks.figures.blocks import compute, decode, gateway, hf, hostile, network, peers, recovery, swarm
 from benchmarks.figures.tables import Figures, NotMeasured
 
 DOCUMENTS = (
@@ -36,6 +36,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "hostile": hostile.hostile_block,
     "soak": hostile.soak_block,
     "eclipse": hostile.eclipse_block,
+    "peers": peers.peers_block,
     "hf": hf.hf_block,
     "wan": network.wan_block,
     "wan-codecs": network.wan_codecs_block,

@@ -39,6 +39,7 @@ LONG: Mapping[str, Sequence[str]] = {
     "decode-int8-1": ["decode", "--servers", "1", "--quantize", "int8"],
     "decode-int8-3": ["decode", "--servers", "3", "--quantize", "int8"],
     "decode-int8-1x16": ["decode", "--servers", "1", "--clients", "16", "--quantize", "int8"],
+    "peers": ["peers", "--transformers"],
     "executor": [
         "executor", "--sessions", "1", "4", "16", "--quantize", "none", "int8",
         "--dtype", "float32", "bfloat16",
