@@ -27,6 +27,7 @@ BENCHMARKS: Mapping[str, str] = {
     "recovery": "benchmarks.recovery.recovery",
     "balance": "benchmarks.recovery.balance",
     "executor": "benchmarks.compute.executor",
+    "ragged": "benchmarks.compute.ragged",
     "journal": "benchmarks.compute.journal",
     "backward": "benchmarks.compute.backward",
     "training": "benchmarks.compute.training",

@@ -45,6 +45,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "wire-line": network.wire_line_block,
     "reach": network.reach_block,
     "executor": compute.executor_block,
+    "ragged": compute.ragged_block,
     "loop-lag": compute.loop_lag_block,
     "quality": compute.quality_block,
     "quality-codecs": compute.quality_codecs_block,

@@ -44,6 +44,7 @@ LONG: Mapping[str, Sequence[str]] = {
         "executor", "--sessions", "1", "4", "16", "--quantize", "none", "int8",
         "--dtype", "float32", "bfloat16",
     ],
+    "ragged": ["ragged", "--context", "64", "1024"],
     "adapters": ["adapters"],
     "gateway": ["gateway"],
     "flood": ["flood", "--quantize", "int8"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import trio
 from torch import Tensor
 
+from benchmarks.compute import ragged
 from node.model.adapters.low_rank import SpanAdapter
 from node.model.adapters.sites import site_shapes
 from node.model.blocks.device.staging import Stage
@@ -198,3 +200,14 @@ async def test_drafts_that_are_taken_back_change_nothing_beside_others(
             assert_close(got, each)
     for got, each in zip(await Sessions(staged).run(together=True), expected, strict=True):
         assert_close(got, each)
+
+
+def test_the_benchmark_times_each_batch_in_one_and_apart(tmp_path: Path):
+    folder, file = saved("llama", tmp_path), tmp_path / "rows.json"
+    words = ["--model", str(folder.path), "--quantize", "none", "--context", "20", "--rounds", "1"]
+    assert ragged.main([*words, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["tokens"] for row in rows[: len(ragged.ALONE)]] == [[count] for count in ragged.ALONE]
+    assert [tuple(row["tokens"]) for row in rows[len(ragged.ALONE) :]] == list(ragged.BATCHES)
+    assert all(row["ms"] > 0 and row["apart_ms"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1.0

@@ -37,6 +37,21 @@ def weights_name(run: Any) -> str:
     return str(run["dtype"]) if run["quantize"] == "none" else f"{run['quantize']}, {run['dtype']}"
 
 
+def ragged_block(figures: Figures) -> str:
+    """Steps of several tokens: alone, and beside single ones."""
+    runs = figures["ragged"]
+    rows = [
+        (
+            f"{weights_name(run)}, {run['context']} positions, "
+            + (f"steps of {', '.join(map(str, run['tokens']))}" if len(run["tokens"]) > 1 else
+               f"a step of {run['tokens'][0]}"),
+            [f"{run['ms']:.1f}", f"{run['apart_ms']:.1f}", f"{run['ratio']:.2f}"],
+        )
+        for run in runs
+    ]  # fmt: skip
+    return with_note(markdown_table(["ms in one batch", "ms apart", "x one token"], rows), *runs)
+
+
 def loop_lag_block(figures: Figures) -> str:
     """The lateness of the event loop, next to an idle engine and next to a full one."""
     run = figures["loop-lag"]
