@@ -65,6 +65,7 @@ class Connection:
         self.broken = {one: math.inf, other: math.inf}
         self.last_arrival = {one: -math.inf, other: -math.inf}  # by sender
         self.ends: list[End] = []
+        self.can_send_now = True  # no end waits for its socket
 
     def far(self, me: PeerId) -> PeerId:
         """The other one."""

@@ -19,6 +19,7 @@ ROOMY = 100_000  # tokens of a budget that no session fills
 VOCABULARY = 26
 RUNS_EVERY = 5  # seeds: one of them has sessions over runs of blocks
 ROWS_EVERY = 6  # seeds: one of them has sessions whose rows change their order
+DRAFTS_EVERY = 7  # seeds: one of them has sessions with steps of several tokens, of which some are taken back
 LIES_EVERY = 4  # seeds: one of them has servers that lie for a while
 KINDS = (
     "kill", "vanish", "freeze", "slow", "drain", "cut", "silence", "deaf", "unreachable", "partition",
@@ -75,7 +76,7 @@ class RowsStep:
 
 @dataclass(frozen=True, slots=True)
 class RowsJob:
-    """One session of `batch` rows whose order changes, as a beam search changes it."""
+    """One session of `batch` rows whose order changes, as a beam search changes it; of one row: of drafts."""
 
     at: float
     batch: int
@@ -144,6 +145,9 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
     if seed % ROWS_EVERY == 1:  # apart, as these
         rows_jobs = _rows_jobs(random.Random(f"rows {seed}"))
         clients = (replace(clients[0], rows_jobs=rows_jobs), *clients[1:])
+    if seed % DRAFTS_EVERY == DRAFTS_EVERY - 2:  # apart, as these
+        own = random.Random(f"drafts {seed}")
+        clients = tuple(replace(each, rows_jobs=(*each.rows_jobs, *_drafts_jobs(own))) for each in clients)
     names = [node.name for node in nodes], [client.name for client in clients]
     count = rng.choice((0, 1, 2, 3, 4, 5, 6, 8))
     faults = tuple(_fault(rng, *names) for _ in range(count))
@@ -247,6 +251,20 @@ def _rows_step(rng: random.Random, batch: int) -> RowsStep:
         rows=rng.choice((rows, rows, tuple(rng.sample(range(batch), batch)), None)),
         patience=rng.uniform(0.01, 1) if rng.random() < 0.1 else None,
     )
+
+
+def _drafts_jobs(rng: random.Random) -> tuple[RowsJob, ...]:
+    """Two sessions at about one moment whose steps verify drafts: some of a step's tokens are taken back."""
+    return tuple(_drafts_job(rng) for _ in range(2))
+
+
+def _drafts_job(rng: random.Random) -> RowsJob:
+    steps = [RowsStep(rng.choice((1, 3, 20)), 0, None, None)]
+    for _ in range(rng.randint(5, 20)):
+        back = rng.randrange(steps[-1].tokens) if len(steps) > 1 else 0
+        patience = rng.uniform(0.01, 1) if rng.random() < 0.1 else None
+        steps.append(RowsStep(rng.choice((1, 1, 2, 4, 8, 16)), back, None, patience))
+    return RowsJob(rng.uniform(1, 2), 1, tuple(steps))
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,11 +23,12 @@ from node.serving.sessions.worker import HopWorker
 from routing.blocks import Blocks
 from tensor_codec.errors import PeerGone
 from tensor_codec.journal import Journal
-from tests.fakes_serving import generated
+from tests.fakes_serving import FakeSpan, generated
 from tests.sim.checks import expected_tokens
 from tests.sim.many import open_pool, run_in_time, run_many
 from tests.sim.people import Span
 from tests.sim.plan import (
+    DRAFTS_EVERY,
     ROOMY,
     ROWS_EVERY,
     RUNS_EVERY,
@@ -263,10 +265,28 @@ def test_rows_keep_their_order_through_other_faults(kind):
 
 def test_one_seed_in_six_has_sessions_whose_rows_change_their_order():
     plans = [make_plan(seed, random.Random(seed)) for seed in range(SEEDS)]
-    assert sum(bool(plan.clients[0].rows_jobs) for plan in plans) == len(range(1, SEEDS, ROWS_EVERY))
-    jobs = [job for plan in plans for client in plan.clients for job in client.rows_jobs]
+    jobs = [job for plan in plans for client in plan.clients for job in client.rows_jobs if job.batch > 1]
+    assert sum(any(job in jobs for job in plan.clients[0].rows_jobs) for plan in plans) == len(
+        range(1, SEEDS, ROWS_EVERY)
+    )
     repeats = [step for job in jobs for step in job.steps if step.rows and len(set(step.rows)) < job.batch]
     assert len(repeats) > 2 * len(jobs)
+
+
+def test_one_seed_in_seven_has_drafts_that_share_batches_with_single_tokens(monkeypatch):
+    together: list[Sequence[int]] = []
+    decode = FakeSpan.decode
+
+    def noted(self: FakeSpan, *args: Any, tokens: Sequence[int] | None = None, **how: Any) -> Any:
+        together.append(tokens or [])
+        return decode(self, *args, tokens=tokens, **how)
+
+    monkeypatch.setattr(FakeSpan, "decode", noted)
+    for seed in range(DRAFTS_EVERY - 2, 5 * DRAFTS_EVERY, DRAFTS_EVERY):
+        outcome = run_seed(seed)
+        assert outcome.failures == []
+        assert outcome.row_steps > 0
+    assert any(max(tokens, default=1) > 1 and len(tokens) > 1 for tokens in together)
 
 
 CHURN_NODES, CHURN_MINUTES, GENERATIONS = 20, 10, 60
