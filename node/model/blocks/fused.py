@@ -154,7 +154,7 @@ class FusedSpan:
         self.steps = DeviceSteps(self.blocks, start, heads, rotary)
         # None on a CPU, where compiled code, or else torch's, computes each step.
         self.on_device = None if self.steps.device.type == "cpu" else self.steps
-        self._float_plan = self._planned()
+        self._float_plan = _float_plan(self.blocks, self._kept) if self.on_device is None else None
 
     def part(self, start: int, stop: int) -> FusedSpan:
         """A run of the blocks [start, stop) alone."""
@@ -434,13 +434,6 @@ class FusedSpan:
         plans = (each.plan if isinstance(each, PackedLinear) else self._float_plan for each in matrices)
         return all(plan is not None and plan.way(rows) == "compiled" for plan in plans)
 
-    def _planned(self) -> Plan | None:
-        """The plan of layers in float32 on a CPU with kernels; None for others, which have their own."""
-        if self._kept != torch.float32 or self.on_device is not None or decode_kernels() is None:
-            return None
-        linears = cast("tuple[nn.Linear, ...]", self.blocks[0].matrices)
-        return measured_plan(max(linears, key=lambda each: each.weight.numel()), torch.float32)
-
     def _angles_for(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [at least length, head_dim], by the library's own module."""
         if self._angles is None or len(self._angles[0]) < length:
@@ -449,6 +442,14 @@ class FusedSpan:
             cos, sin = self._rotary(like[:0], positions)
             self._angles = cos[0].contiguous(), sin[0].contiguous()
         return self._angles
+
+
+def _float_plan(blocks: Sequence[FusedBlock], kept: torch.dtype | None) -> Plan | None:
+    """The plan of layers in float32 on a CPU with kernels; None for others, which have their own."""
+    if kept != torch.float32 or decode_kernels() is None:
+        return None
+    linears = cast("tuple[nn.Linear, ...]", blocks[0].matrices)
+    return measured_plan(max(linears, key=lambda each: each.weight.numel()), torch.float32)
 
 
 def _address(updates: NDArray[np.int64]) -> int:
