@@ -354,7 +354,9 @@ class Node:
         if record is None or not self.directory.is_vouched(peer):
             raise PeerGone(f"{peer} is not in our view of the swarm")
         seconds = self.config.limits.dial_seconds
-        return await self.host.open_stream(peer, view.dialled_at(record), protocol, seconds=seconds)
+        stream = await self.host.open_stream(peer, view.dialled_at(record), protocol, seconds=seconds)
+        stream.batches = record.batches
+        return stream
 
 
 @asynccontextmanager

@@ -330,6 +330,7 @@ class FakeStream:
         self.prefix = ""
         self.relayed = False
         self.is_direct_now: Callable[[], bool] = lambda: False
+        self.batches = False
         self.protocol = protocol
         self.limits = limits
         self.closed = False
@@ -370,6 +371,14 @@ class FakeStream:
     async def send(self, frame: Buffer | Iterable[Buffer], seconds: float | None = None) -> None:
         """Send one frame.  Raises SlowPeer, PeerGone."""
         await self.send_bytes(encode_frame(frame, self.limits.max_frame_bytes), seconds)
+
+    def send_now(self, frame: Buffer | Iterable[Buffer]) -> bool:
+        """Send one frame where that needs no waiting."""
+        try:
+            self._send.send_nowait(encode_frame(frame, self.limits.max_frame_bytes))
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
+        return True
 
     async def send_bytes(self, data: bytes, seconds: float | None = None) -> None:
         """Send bytes, frames or not."""
@@ -478,7 +487,7 @@ class FakeNode:
         assert self.budget.free_tokens == self.budget.tokens
         assert self.listener.engine.batcher.waiting == 0
         assert self.handlers == []
-        assert self.listener._links._links == {}
+        assert self.listener.pushed.links._links == {}
         assert [stream.protocol for stream in self.streams if not stream.closed] == []
 
 
@@ -564,6 +573,7 @@ class World:
             session_tokens=node.listener.budget.session_tokens,
             rtt=dict.fromkeys(self.nodes, self.link_seconds),
             codecs=() if node.peer in self.old else (OUTLIER_CODEC,),
+            batches=node.peer not in self.old,
             lora=0 if node.adapters is None else self.limits.max_adapter_rank,
             adapters=() if node.adapters is None else node.adapters.desk.store.announced,
             seq=1,
@@ -622,6 +632,7 @@ class World:
             raise PeerGone(f"{to} cannot be reached")
         ours, theirs = stream_pair(me, to, protocol, self.limits)
         ours.frozen = theirs.frozen = self.frozen
+        ours.batches = to not in self.old
         ours.relayed = theirs.relayed = (me, to) in self.relayed
         ours.is_direct_now = lambda: (me, to) not in self.relayed
         theirs.prefix = self.prefixes.get(me, "")
@@ -737,7 +748,7 @@ class _FirstAlong:
 
 async def serve_push(listener: Listener, stream: FrameStream, frames: FrameBudget) -> None:
     """Give each frame of a push stream to a listener, as a node's StreamDispatch does.  Raises PeerFault."""
-    await read_pushes(stream, (listener,), frames)
+    await read_pushes(stream, (listener.pushed,), frames)
 
 
 async def until(condition: Callable[[], bool]) -> None:

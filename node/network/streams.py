@@ -85,6 +85,7 @@ class FramedStream:
 
     peer: authenticated.  protocol: agreed.  traffic: a count to add to, shared with other streams.
     prefix: of the peer's address, as `node.network.prefixes.address_prefix` has it; "" where it has none.
+    batches: whether the peer takes frames of many sessions, as its record says.
     better: of a stream that runs through a relay, or instead of one, whether there is a better way now.
     judge: called with the beginning of a frame above SMALL_FRAME, at least its header, and with its size,
     before the frame has a place.  It may raise a PeerFault.  A Refused that it returns is raised by `receive`
@@ -107,6 +108,7 @@ class FramedStream:
         self._stream = stream
         self._traffic = traffic or Traffic()
         self.judge: Judge | None = None
+        self.batches = False
         self.better: Callable[[], bool] | None = None
         self._decoder = FrameDecoder(self._limits.max_frame_bytes)
         self._has_place = False  # the frame that has begun is a large one
@@ -182,6 +184,19 @@ class FramedStream:
                     raise
         if scope.cancelled_caught:
             raise SlowPeer(f"{self.peer} did not take {len(data)} bytes within {seconds:.3g} s")
+
+    def send_now(self, frame: Buffer | Sequence[Buffer]) -> bool:
+        """Send one frame where that needs no waiting; False where nothing was done."""
+        if self._send_now is None or self._sending.locked():
+            return False
+        data = encode_frame(frame, self._limits.max_frame_bytes)
+        try:
+            if not self._send_now(data):
+                return False
+        except PeerGone:  # `send` raises it
+            return False
+        self._traffic.sent += len(data) - PREFIX_BYTES
+        return True
 
     async def receive(self, seconds: float | None = None) -> bytearray | None:
         """The next frame, or None at a clean end.

@@ -284,6 +284,14 @@ class CacheAdmission:
             take = partial(self.budget.grow, session, length)
             await self._with_patience(take, partial(self.budget.asker_of, session))
 
+    def grow_now(self, session: Hashable, length: int) -> bool:
+        """See `CacheBudget.grow`; False where there is no room at once."""
+        try:
+            self.budget.grow(session, length)
+        except CacheFull:
+            return False
+        return True
+
     def shrink(self, session: Hashable, length: int) -> None:
         """See `CacheBudget.shrink`; waiting callers try again."""
         self.budget.shrink(session, length)

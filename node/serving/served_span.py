@@ -47,6 +47,7 @@ from node.serving.sessions.hop_session import FrameStream
 from node.serving.sessions.listener import Listener
 from node.serving.sessions.push import Sender
 from node.serving.sessions.push_reader import read_pushes
+from node.serving.sessions.together.pushed import PushedSteps
 from node.serving.span_admission import SpanAdmission
 from node.serving.training.tapes import TapeBudget, Tapes
 from routing.blocks import Blocks
@@ -172,6 +173,7 @@ class ServedSpan:
             step_tokens=listener.limits.step_tokens(vector_bytes("fp32", self.spec.hidden)),
             prompts=True,
             codecs=(OUTLIER_CODEC,) if self.setup.precision.packs else (),
+            batches=True,
             queue=engine.queue,
             lora=self.lora,
             adapters=() if self.setup.adapters is None else self.setup.adapters.store.announced,
@@ -374,13 +376,13 @@ RETRY_SECONDS = 2.0  # until a client asks again: the new blocks may be loaded b
 
 
 @dataclass(frozen=True, slots=True)
-class _Listeners:
-    """Those of the spans that are served whenever it is asked."""
+class _Pushed:
+    """The sessions of the spans that are served whenever it is asked."""
 
     dispatch: StreamDispatch
 
-    def __iter__(self) -> Iterator[Listener]:
-        return iter([span.listener for span in self.dispatch.served_spans])
+    def __iter__(self) -> Iterator[PushedSteps]:
+        return iter([span.listener.pushed for span in self.dispatch.served_spans])
 
 
 @dataclass(slots=True)
@@ -441,7 +443,7 @@ class StreamDispatch:
 
     async def serve_push(self, stream: FrameStream) -> None:
         """Take steps that a peer pushes, until it closes the stream.  Raises PeerFault."""
-        await read_pushes(stream, _Listeners(self), self._frames)
+        await read_pushes(stream, _Pushed(self), self._frames)
 
     async def _refuse(self, stream: FrameStream, count: Counter[str] | None = None) -> None:
         await self._refuse_with(stream, self._refusal(), count)

@@ -438,7 +438,11 @@ async def test_a_hop_that_opens_wrongly_is_named_and_the_others_are_freed(lie, a
             await act(stream)
             await trio.sleep(1)
 
-        def feeds(self, peer):
+        @property
+        def pushed(self):
+            return self
+
+        def feeds(self, peer, *, gathers=False):
             return False
 
         async def take_push(self, frame, peer):

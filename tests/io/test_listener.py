@@ -696,7 +696,7 @@ async def test_a_client_that_goes_away_while_the_hop_dials_frees_everything_with
             await trio.sleep(LIMITS.dial_seconds)
             raise SlowPeer("no answer")
 
-        node.listener._links.open_stream = dial_into_nothing
+        node.listener.pushed.links.open_stream = dial_into_nothing
         stream = await world.dial(CLIENT, PeerId("a"), "/raceme/session/1")
         opened = Open(bytes(16), SpanSpec("m", "r", Blocks(0, 4), "float32"), 1, 64, "fp32", successor="b")
         await stream.send(encode_open(opened))
@@ -935,7 +935,7 @@ async def test_a_hop_waits_two_seconds_for_a_next_one_that_does_not_answer(autoj
         async def dial_into_nothing(peer):
             await trio.sleep_forever()
 
-        node.listener._links.open_stream = dial_into_nothing
+        node.listener.pushed.links.open_stream = dial_into_nothing
         began = trio.current_time()
         client, answer = await RawClient.open(world, "a", successor="b")
         assert answer == Opened(push=False)

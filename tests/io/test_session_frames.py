@@ -136,7 +136,7 @@ async def pushed(world: World, node: FakeNode) -> AsyncIterator[tuple[FramedStre
         limits = Limits(idle_steps_per_second=0.25, frame_rate_peers_per_prefix=1)
         budget = FrameBudget(FrameRates(limits), lambda _: 0)
         try:
-            await read_pushes(theirs, (node.listener,), budget)
+            await read_pushes(theirs, (node.listener.pushed,), budget)
         except PeerFault as fault:
             faults.append(fault)
         await theirs.reset()

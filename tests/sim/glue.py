@@ -85,7 +85,7 @@ def left_over(listener: Listener) -> list[str]:
         "sessions": listener.session_count,
         "tokens of pages": budget.tokens // budget.page_tokens * budget.page_tokens - budget.free_tokens,
         "waiting steps": listener.engine.batcher.waiting,
-        "links": len(listener._links._links),
+        "links": len(listener.pushed.links._links),
         "session ids": len(listener._sessions.places),
         "tokens of journals": listener.journals.held,
     }

@@ -168,14 +168,29 @@ class EngineSpan(MeasuredSpan, Protocol):
         """See `Span.planned`."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepOwner:
+    """The session of a step: its client's peer and network prefix, its cache, its adapter."""
+
+    peer: str
+    prefix: str
+    cache: StepCache
+    adapter: SpanAdapter | None = None
+
+
+Then = Callable[[outcome.Outcome[Answer]], None]
+
+
 @dataclass(slots=True, eq=False)
 class _Work:
-    """One request, from when it is queued until it is answered.  seconds: computing it, so far."""
+    """One request, from when it is queued until it is answered.
+
+    then: called with the answer, in trio's thread.  seconds: computing it, so far.
+    """
 
     job: Job
     since: float
-    done: trio.Event = field(default_factory=trio.Event)
-    result: outcome.Outcome[Answer] | None = None
+    then: Then = field(kw_only=True)
     seconds: float = 0.0
 
 
@@ -241,6 +256,7 @@ class Engine:
             rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, self.limits,
             policy or BatchPolicy(),
         )  # fmt: skip
+        self.after_batch: Callable[[], None] = lambda: None  # called once all answers of a batch were given
         self._short = False  # whether memory ended in this batch: its time says nothing
         self._ahead: dict[int, Tensor] = {}  # hidden states of steps that wait, read while a device computed
         self._clock = clock
@@ -268,9 +284,12 @@ class Engine:
             resume_at = -math.inf
             while resume_at <= self._clock():
                 settled, resume_at = await self.compute.run(self._run_batch)
+                with self._lock:
+                    for work, _ in settled:
+                        _forget(self, work.job.number)
                 for work, result in settled:
-                    work.result = result
-                    work.done.set()
+                    work.then(result)
+                self.after_batch()
             if resume_at < math.inf:
                 with trio.move_on_after(max(0.0, resume_at - self._clock())):
                     await self._wanted.wait()
@@ -313,14 +332,52 @@ class Engine:
             prefix=prefix if self.limits.peer_shares is None else self.limits.prefix_of(peer, prefix),
         )  # fmt: skip
         if adapter is not None:
-            job = self._with_adapter(job, adapter)
+            job = _with_adapter(job, adapter, self.span)
         wanted = what.tokens if whole else what.reply_tokens
         return await self._answer(
-            _Step(
-                job, now, contract=contract, cache=cache, what=what, body=body, wanted=wanted,
+            lambda then: _Step(
+                job, now, then=then, contract=contract, cache=cache, what=what, body=body, wanted=wanted,
                 prompts=prompts, adapter=adapter, packing=packing,
             )
         )  # fmt: skip
+
+    def begin(
+        self,
+        owner: StepOwner,
+        contract: Contract,
+        what: StepRange,
+        body: Buffer,
+        then: Then,
+        *,
+        whole: bool,
+    ) -> int:
+        """Queue a step of one position, as `step` does; its number, for `withdraw`.
+
+        then: called once with its answer, in trio's thread; `after_batch` follows when all answers of its
+        batch were given.  Raises TooManyStreams; then nothing was done.
+        """
+        now, limits = self._clock(), self.limits
+        peer, prefix = owner.peer, owner.prefix
+        job = Job(
+            next(self._numbers), peer, Kind.DECODE, contract.batch, 1, contract.start, contract.stop,
+            now + limits.step_wait_seconds,
+            prefix=prefix if limits.peer_shares is None else limits.prefix_of(peer, prefix),
+        )  # fmt: skip
+        if owner.adapter is not None:
+            job = _with_adapter(job, owner.adapter, self.span)
+        self._submit(
+            _Step(
+                job, now, then=then, contract=contract, cache=owner.cache, what=what, body=body,
+                wanted=1 if whole else what.reply_tokens, adapter=owner.adapter,
+            )
+        )  # fmt: skip
+        return job.number
+
+    def withdraw(self, number: int) -> None:
+        """Forget a step of `begin` that has no answer yet."""
+        with self._lock:
+            self.batcher.cancel(number)
+            _forget(self, number)
 
     @property
     def part_positions(self) -> int:
@@ -351,13 +408,8 @@ class Engine:
             prefix=self.limits.prefix_of(peer, prefix),
         )  # fmt: skip
         if adapter is not None:
-            job = self._with_adapter(job, adapter)
-        return await self._answer(_Request(job, self._clock(), work=work))
-
-    def _with_adapter(self, job: Job, adapter: AnySpanAdapter) -> Job:
-        values = self.span.block_values * (job.stop - job.start)
-        weight = 1 + adapter.values(job.start, job.stop) / max(values, 1.0)
-        return replace(job, weight=weight, adapter=adapter.id)
+            job = _with_adapter(job, adapter, self.span)
+        return await self._answer(lambda then: _Request(job, self._clock(), then=then, work=work))
 
     async def measure_again(self) -> None:
         """Measure a decode step, for about IDLE_MEASURE_SECONDS; call this when nothing is served.
@@ -379,22 +431,28 @@ class Engine:
         with self._lock:
             self._chores.append(chore)
 
-    async def _answer(self, work: _Work) -> Answer:
-        number = work.job.number
+    async def _answer(self, make: Callable[[Then], _Work]) -> Answer:
+        answers: list[outcome.Outcome[Answer]] = []
+        done = trio.Event()
+
+        def then(result: outcome.Outcome[Answer]) -> None:
+            answers.append(result)
+            done.set()
+
+        work = make(then)
+        self._submit(work)
+        try:
+            await done.wait()
+        except BaseException:
+            self.withdraw(work.job.number)
+            raise
+        return answers[0].unwrap()
+
+    def _submit(self, work: _Work) -> None:
         with self._lock:
             self.batcher.submit(work.job, work.since)
-            self._works[number] = work
+            self._works[work.job.number] = work
         self._wanted.set()
-        try:
-            await work.done.wait()
-        finally:
-            with self._lock:
-                self.batcher.cancel(number)
-                del self._works[number]
-                if self._ahead:
-                    self._ahead.pop(number, None)
-        assert work.result is not None
-        return work.result.unwrap()
 
     # From here on: in the torch thread.
 
@@ -412,7 +470,7 @@ class Engine:
             now = self._clock()
             batch = self.batcher.next(now)
             for job in self.batcher.expired(now):
-                settled.append((self._works[job.number], outcome.Error(self._taken_out(job, now))))
+                settled.append((self._works[job.number], outcome.Error(_taken_out(job, now, self.limits))))
             if batch is None:
                 return settled, self.batcher.resume_at(now)
             works = [self._works[piece.job.number] for piece in batch]
@@ -434,32 +492,10 @@ class Engine:
                 size = self.batcher.finished(batch, ended - began, ended)
                 resume_at = -math.inf if self.batcher.waiting else math.inf
         if not self._short:
-            self._observe(batch[0].job.kind, size, works, began, ended)
+            _observe(self, batch[0].job.kind, size, works, began, ended)
         if self.meters.batches is not None:
             _count(self.meters.batches, batch, size[1], [began - work.since for work in works], ended - began)
         return settled, resume_at
-
-    def _observe(
-        self, kind: Kind, size: tuple[float, int], works: Sequence[_Work], began: float, ended: float
-    ) -> None:
-        """Update the announced figures by a batch.  size: its blocks, and its rows times tokens."""
-        if kind is Kind.STATELESS:
-            return
-        blocks, positions = size
-        self.rates.observe(positions, blocks, ended - began, decode=kind is Kind.DECODE)
-        if kind is Kind.DECODE:
-            waited = 0.0
-            for work in works:
-                waited += began - work.since
-            self.waits.observe(waited, (ended - began) * len(works), len(works), ended)
-
-    def _taken_out(self, job: Job, now: float) -> TooManyStreams:
-        """The reason why a job was not begun."""
-        if job.deadline > now:
-            what = "others wait for compute here, and most of what waits is of your network"
-            return TooManyStreams(what, RETRY_SECONDS)
-        seconds = self.limits.step_wait_seconds
-        return TooManyStreams(f"the step waited {seconds:g} s for compute here, no longer may", RETRY_SECONDS)
 
     def _compute(self, batch: Batch, works: Sequence[_Work], settled: Settled) -> None:
         began = self._clock()
@@ -622,6 +658,43 @@ class Engine:
         if len(settled) == answered:
             rest = replace(piece, offset=piece.offset + half, tokens=piece.tokens - half)
             self._chunk(rest, step, self._clock(), settled)
+
+
+def _forget(engine: Engine, number: int) -> None:
+    """A request is answered, or given up.  The caller has the lock."""
+    engine._works.pop(number, None)
+    if engine._ahead:
+        engine._ahead.pop(number, None)
+
+
+def _with_adapter(job: Job, adapter: AnySpanAdapter, span: EngineSpan) -> Job:
+    values = span.block_values * (job.stop - job.start)
+    weight = 1 + adapter.values(job.start, job.stop) / max(values, 1.0)
+    return replace(job, weight=weight, adapter=adapter.id)
+
+
+def _taken_out(job: Job, now: float, limits: Limits) -> TooManyStreams:
+    """The reason why a job was not begun."""
+    if job.deadline > now:
+        what = "others wait for compute here, and most of what waits is of your network"
+        return TooManyStreams(what, RETRY_SECONDS)
+    seconds = limits.step_wait_seconds
+    return TooManyStreams(f"the step waited {seconds:g} s for compute here, no longer may", RETRY_SECONDS)
+
+
+def _observe(
+    engine: Engine, kind: Kind, size: tuple[float, int], works: Sequence[_Work], began: float, ended: float
+) -> None:
+    """Update the announced figures by a batch.  size: its blocks, and its rows times tokens."""
+    if kind is Kind.STATELESS:
+        return
+    blocks, positions = size
+    engine.rates.observe(positions, blocks, ended - began, decode=kind is Kind.DECODE)
+    if kind is Kind.DECODE:
+        waited = 0.0
+        for work in works:
+            waited += began - work.since
+        engine.waits.observe(waited, (ended - began) * len(works), len(works), ended)
 
 
 def _fetched(engine: Engine, steps: Sequence[_Step], hidden: Tensor) -> Tensor:

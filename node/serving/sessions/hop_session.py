@@ -14,7 +14,7 @@ from node.model.blocks.kv_pages import Prefix
 from node.network.budgets.large_frames import FramePlace
 from node.serving.adapters.store import HopAdapter
 from node.serving.executor.engine import Answer, StepCache
-from node.serving.sessions.inbox import Arrived, Inbox
+from node.serving.sessions.inbox import Arrived, Inbox, Landed, UnderWay
 from node.serving.sessions.push import Outlet
 from node.serving.sessions.state import ServerSession
 from node.serving.sessions.step_room import no_room
@@ -60,6 +60,9 @@ class FrameStream(Protocol):
 
     async def send(self, frame: Buffer | Sequence[Buffer]) -> None:
         """Send one frame; raises SlowPeer or PeerGone."""
+
+    def send_now(self, frame: Buffer | Sequence[Buffer]) -> bool:
+        """Send one frame where that needs no waiting; False where nothing was done."""
 
     async def receive(self, seconds: float | None = None) -> Buffer | None:
         """The next frame, None at a clean end; raises PeerFault."""
@@ -213,6 +216,17 @@ class HopSession:
             self.put(step, sender, speed, place)
         else:
             self.inbox.room.remove(place)
+
+    def take_off(self, flight: UnderWay) -> None:
+        """A step is under way without the worker, until `landed`."""
+        self.busy = True
+        self.inbox.take_off(flight)
+
+    def landed(self, left: Landed | None) -> None:
+        """The step is done, or `left` is for the worker."""
+        self.active_at = trio.current_time()
+        self.busy = left is not None
+        self.inbox.land(left)
 
     def relink(self, order: Relink) -> None:
         """Follow a change of the route.  Raises RemoteProtocolError."""

@@ -1,13 +1,20 @@
-"""Steps that wait for a session's worker, and the client's orders, which come before them."""
+"""Steps that wait for a session's worker, and the client's orders, which come before them.
+
+A step may be under way without the worker (`node.serving.sessions.together.flights`): nothing is taken then.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
+import outcome
 import trio
 
 from node.network.budgets.large_frames import FramePlace
+from node.serving.executor.engine import Answer
+from node.serving.sessions.state import Compute
 from node.serving.sessions.step_room import SMALL_STEP, SessionRoom
 from routing.names import PeerId
 from tensor_codec.errors import RemoteProtocolError
@@ -27,6 +34,25 @@ class Arrived:
     speed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A step that the engine has answered, and that is not done: an error, or an answer to pass on."""
+
+    arrived: Arrived
+    decision: Compute
+    result: outcome.Outcome[Answer]
+
+
+class UnderWay(Protocol):
+    """See `node.serving.sessions.together.flights.Flight`."""
+
+    def interrupt(self) -> None:
+        """The route changes."""
+
+    def cancel(self) -> None:
+        """The session is over."""
+
+
 class Inbox:
     """At most `max_steps` steps that wait, and the client's orders, which come before them.
 
@@ -43,6 +69,26 @@ class Inbox:
         self._changed = trio.Event()
         self._senders_waiting = 0
         self._closed = False
+        self._flight: UnderWay | None = None
+        self._landed: Landed | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits, is under way without the worker, or will come from a sender that waits."""
+        return not (
+            self._steps or self.held or self._flight or self._orders or self._senders_waiting
+            or self._landed or self._closed
+        )  # fmt: skip
+
+    def take_off(self, flight: UnderWay) -> None:
+        """A step is under way without the worker, until `land`."""
+        self._flight = flight
+
+    def land(self, landed: Landed | None) -> None:
+        """It is not any more.  landed: what the worker has to do with it, before anything else."""
+        self._flight, self._landed = None, landed
+        if landed or self._steps or self._orders:
+            self._notify()
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -84,6 +130,8 @@ class Inbox:
         Raises RemoteProtocolError for a second Resume: there is one after each Relink.
         """
         if isinstance(order, Relink):
+            if self._flight is not None:
+                self._flight.interrupt()
             self._orders.clear()
             self._drop_steps()
             self.held = True
@@ -92,12 +140,18 @@ class Inbox:
         self._orders.append(order)
         self._notify()
 
-    async def take(self) -> Arrived | Relink | Resume:
+    async def take(self) -> Arrived | Landed | Relink | Resume:
         """The next order, or the next step where there is no order; the step before it is done with."""
         if self._taken is not None:
             self.room.remove(self._taken)
             self._taken = None
         while True:
+            if self._landed is not None:
+                landed, self._landed = self._landed, None
+                return landed
+            if self._flight is not None:
+                await self._changed.wait()
+                continue
             if self._orders:
                 return self._orders.popleft()
             if self._steps and not self.held:
@@ -110,6 +164,9 @@ class Inbox:
     def close(self) -> None:
         """Drop the steps; nothing is taken any more."""
         self._closed = True
+        if self._flight is not None:
+            self._flight.cancel()
+            self._flight = None
         self._drop_steps()
         self.room.close()
         self._notify()

@@ -42,6 +42,8 @@ from node.serving.sessions.push import Outlet, PushLinks, Sender
 from node.serving.sessions.session_table import Place, SessionTable
 from node.serving.sessions.state import ServerSession
 from node.serving.sessions.step_room import StepRoom
+from node.serving.sessions.together.outbox import Outbox
+from node.serving.sessions.together.pushed import PushedSteps
 from node.serving.sessions.worker import HopWorker, send_to_client
 from node.serving.span_admission import LEAVING, SpanAdmission
 from routing.names import PeerId
@@ -50,18 +52,15 @@ from tensor_codec.codecs import decode_hidden
 from tensor_codec.errors import (
     CacheFull,
     Draining,
-    MessageError,
     PeerGone,
     Refused,
-    RemoteProtocolError,
     TooManyStreams,
 )
-from tensor_codec.frame import Buffer
 from tensor_codec.journal import JournalBudget
 from tensor_codec.limits import Limits
 from tensor_codec.messages.attach import Attach, decode_first
 from tensor_codec.messages.contract import HEADER_BYTES, Contract, vector_bytes
-from tensor_codec.messages.fields import Failed, Message, encode_failed, read_message
+from tensor_codec.messages.fields import Failed, encode_failed
 from tensor_codec.messages.forward_backward import prompts_contract
 from tensor_codec.messages.session import (
     Open,
@@ -69,9 +68,6 @@ from tensor_codec.messages.session import (
     check_prompts,
     encode_opened,
     owner_tag,
-    read_step,
-    step_epoch,
-    step_session,
 )
 from tensor_codec.rows.row_order import MAX_ORDERED_ROWS
 
@@ -105,6 +101,7 @@ class Listener:
 
     admission: of requests for blocks.  pool: of the caches' pages; budget: how many each session may hold.
     open_stream: to a peer of our view, for pushing.  faults: of peers, counted.
+    pushed: steps that previous hops send.
     journal_tokens: tokens of outputs that are kept for replays; None: as many as the caches hold.
     packs: whether hidden states may lose values on their way, in int8o, where the client asks for it.
     """
@@ -120,18 +117,22 @@ class Listener:
     packs: bool = True
     _sessions: SessionTable = field(default_factory=SessionTable)
     _frames: FrameBudget = field(init=False)
-    _links: PushLinks = field(init=False)
+    pushed: PushedSteps = field(init=False)
     _cache_admission: CacheAdmission = field(init=False)
     journals: JournalBudget = field(init=False)
     _bytes: SessionBytes = field(init=False)
 
     def __post_init__(self) -> None:
         limits = self.limits
-        self._links = PushLinks(
+        outbox = Outbox(limits.max_steps_per_frame)
+        self.engine.after_batch = outbox.flush
+        links = PushLinks(
             self.open_stream,
             limits.successor_dials_per_client_per_second,
             limits.successor_dials_per_client_burst,
+            outbox,
         )
+        self.pushed = PushedSteps(self._sessions, self.faults, self._worker, links)
         self._bytes = SessionBytes(PromptBudget(self.limits), StepRoom(self.limits))
         self._cache_admission = CacheAdmission(self.budget, self.limits.cache_wait_seconds, self._give_way)
         tokens = self.budget.tokens if self.journal_tokens is None else self.journal_tokens
@@ -193,65 +194,6 @@ class Listener:
         except Refused as refusal:
             self.engine.meters.sessions_refused[reason_of(refusal)] += 1
             await stream.send(encode_failed(Failed.of(refusal)))
-
-    def feeds(self, peer: PeerId) -> bool:
-        """Whether a session here gets its steps from this peer, and not from its client."""
-        return any(hop.route.predecessor == peer for hop in self._sessions.by_key.values())
-
-    def wants(self, beginning: bytes, size: int, peer: PeerId) -> bool:
-        """Whether a session here takes a step of so many bytes, by its beginning.  Raises PeerFault."""
-        message = read_message(beginning, frozenset({"step"}))
-        session, owner = step_session(message)
-        epoch = step_epoch(message)
-        for hop in self._sessions.by_id.get(session, ()):
-            if hop.feeder != peer or (owner and owner != hop.key[0]):
-                continue
-            if hop.scope.cancel_called or epoch != hop.route.epoch:
-                return False
-            if size <= hop.contract.frame_bytes:
-                return True
-            fault = MessageError(f"a step of {size} bytes, {hop.contract.frame_bytes} are allowed")
-            self._worker(hop).end_for(fault, peer)
-            return False
-        return False
-
-    async def take_push(self, frame: Buffer, peer: PeerId, speed: int = 0) -> bool:
-        """One step that `peer` pushes; False where it is of no session that goes on.  Raises PeerFault.
-
-        speed: see `Arrived`.
-        """
-        message = read_message(frame, frozenset({"step"}))
-        session, owner = step_session(message)
-        named = self._sessions.by_id.get(session, ())
-        for hop in named:
-            feeder = hop.route.predecessor or hop.stream.peer  # `feeder`, for every token
-            if feeder == peer and (not owner or owner == hop.key[0]):
-                return await self._take(message, hop, peer, speed)
-        if self._sessions.ended.forgives(peer, session, trio.current_time()):
-            return True  # it ended while the step travelled
-        # A hop that has been replaced, a thief, or a client that opened its two hops differently.
-        # The stream goes on: it serves other sessions too.
-        epoch = step_epoch(message)
-        if any(epoch == hop.route.epoch and owner in (hop.key[0], b"") for hop in named):
-            fault = MessageError("a step of a session that another peer feeds")
-            self.faults.add(peer, fault, bans=False)
-        return False
-
-    async def _take(self, message: Message, hop: HopSession, peer: PeerId, speed: int) -> bool:
-        """Whether the step is of the session's present route."""
-        if hop.scope.cancel_called:
-            return True  # it ends just now
-        try:
-            if step_epoch(message) != hop.route.epoch:
-                return False  # it took an older route, perhaps with another codec
-            step = read_step(message, hop.contract)
-            if step.bulk:
-                await hop.put_when_it_fits(step, peer, speed)
-            else:
-                hop.put(step, peer, speed)
-        except (MessageError, RemoteProtocolError) as fault:
-            self._worker(hop).end_for(fault, peer)
-        return True
 
     def end_youngest(self, reason: Refused) -> bool:
         """End the session that was opened last; False where all are ending."""
@@ -357,7 +299,7 @@ class Listener:
                 state=ServerSession(opened.max_length, can_cut=self.engine.span.can_cut),
                 cache=cache,
                 outlet=Outlet(
-                    self._links, self.limits.session_idle_seconds, sharer(stream.peer, stream.prefix)
+                    self.pushed.links, self.limits.session_idle_seconds, sharer(stream.peer, stream.prefix)
                 ),
                 inbox=Inbox(
                     self.limits.max_steps_in_flight,

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import trio
 
+from node.serving.sessions.together.outbox import Outbox
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault, PeerGone
 from tensor_codec.frame import Buffer
@@ -35,8 +36,15 @@ class Sender(Protocol):
     async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
         """Send one frame, to be taken within `seconds`; raises SlowPeer or PeerGone."""
 
+    def send_now(self, frame: Buffer | Sequence[Buffer]) -> bool:
+        """Send one frame where that needs no waiting; False where nothing was done."""
+
     async def aclose(self) -> None:
         """Close it."""
+
+    @property
+    def batches(self) -> bool:
+        """Whether the peer takes frames of many sessions, as its record says."""
 
     @property
     def relayed(self) -> bool:
@@ -96,6 +104,18 @@ class PushLink:
         except PeerFault:
             await self._forget(stream)
             raise
+
+    @property
+    def batches(self) -> bool:
+        """Whether the peer takes frames of many sessions."""
+        return self._stream is not None and self._stream.batches
+
+    def send_now(self, parts: list[Buffer]) -> bool:
+        """Send one frame on the shared stream where that needs no waiting; False where nothing was done."""
+        stream = self._stream
+        if stream is None or (stream.relayed and stream.has_better_way):
+            return False
+        return stream.send_now(parts)
 
     async def _move_over(self) -> Sender:
         """Change to a stream over the direct connection, where no frame overtakes earlier ones.
@@ -159,12 +179,14 @@ class PushLinks:
     """All links of a node.
 
     open_stream: dials a peer of our own view, with a deadline.
+    outbox: of the outputs of a batch.
     dials_per_second, dials_burst: of links that one client asks for and that are not there.
     """
 
     open_stream: Callable[[PeerId], Awaitable[Sender]]
     dials_per_second: float = Limits().successor_dials_per_client_per_second
     dials_burst: int = Limits().successor_dials_per_client_burst
+    outbox: Outbox = field(default_factory=Outbox)
     _links: dict[PeerId, PushLink] = field(default_factory=dict)
     _asked: OrderedDict[str, TokenBucket] = field(default_factory=OrderedDict)
 
@@ -244,6 +266,11 @@ class Outlet:
             await self._bulk.send(parts, self.bulk_seconds)
         else:
             await self.link.send(parts)
+
+    @property
+    def shared(self) -> PushLink | None:
+        """The link, where outputs go over the stream that all sessions share."""
+        return self.link if self._bulk is None else None
 
     async def end_bulk(self) -> None:
         """Close the session's own stream, if there is one.  Bounded."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,22 +13,31 @@ from node.runtime.nurseries import background_nursery
 from node.serving.sessions.frame_rates import FrameBudget
 from node.serving.sessions.hop_session import LEAST_TOLD_BYTES, FrameStream
 from routing.names import PeerId
-from tensor_codec.errors import PeerGone, Refused
-from tensor_codec.frame import Buffer
-from tensor_codec.limits import Limits
+from tensor_codec.errors import PeerGone, Refused, RemoteProtocolError
+from tensor_codec.messages.fields import Message, read_message
+from tensor_codec.messages.session import Step
+from tensor_codec.messages.steps import read_gather, read_steps
+
+_KINDS = frozenset({"step", "steps", "gather"})
 
 
 class StepTaker(Protocol):
     """The part of `node.serving.sessions.listener.Listener` that takes pushed steps."""
 
-    def feeds(self, peer: PeerId) -> bool:
+    def feeds(self, peer: PeerId, *, gathers: bool = False) -> bool:
         """See `Listener.feeds`."""
 
     def wants(self, beginning: bytes, size: int, peer: PeerId) -> bool:
         """See `Listener.wants`."""
 
-    async def take_push(self, frame: Buffer, peer: PeerId, speed: int = 0) -> bool:
+    async def take_push(self, message: Message, peer: PeerId, speed: int = 0) -> bool:
         """See `Listener.take_push`."""
+
+    def take_steps(self, steps: Sequence[Step], peer: PeerId) -> list[Step]:
+        """See `Listener.take_steps`."""
+
+    def gather(self, stream: FrameStream) -> AbstractContextManager[None]:
+        """See `Listener.gather`."""
 
 
 async def read_pushes(stream: FrameStream, takers: Iterable[StepTaker], frames: FrameBudget) -> None:
@@ -35,27 +45,28 @@ async def read_pushes(stream: FrameStream, takers: Iterable[StepTaker], frames: 
 
     takers: of the spans that are served when a step comes.  frames: steps that no session wants are counted.
     """
-    state = _PushStream(stream.peer, takers, frames.rates.limits)
+    state = _PushStream(stream, takers, frames)
     stream.judge = state.judge
     async with background_nursery() as nursery:
         nursery.start_soon(state.end_when_idle, nursery.cancel_scope)
-        while True:
-            try:
-                frame = await stream.receive()
-            except Refused:  # a large one, of which nothing was kept
-                await frames.spend("idle step", stream, hop=True)
-                continue
-            if frame is None:
-                break
-            state.in_hand = True
-            speed = stream.speed if len(frame) > LEAST_TOLD_BYTES else 0
-            for taker in takers:
-                if await taker.take_push(frame, stream.peer, speed):
-                    state.steps += 1
+        with ExitStack() as gathering:
+            while True:
+                try:
+                    frame = await stream.receive()
+                except Refused:  # a large one, of which nothing was kept
+                    await frames.spend("idle step", stream, hop=True)
+                    continue
+                if frame is None:
                     break
-            else:
-                await frames.spend("idle step", stream, hop=True)
-            state.in_hand = False
+                message = read_message(frame, _KINDS)
+                state.in_hand = True
+                if message.kind == "gather":
+                    state.gather(message, gathering)
+                elif message.kind == "steps":
+                    await state.take_steps(message)
+                else:
+                    await state.take(message, stream.speed if len(frame) > LEAST_TOLD_BYTES else 0)
+                state.in_hand = False
     if state.idle:
         # no fault: its client may have gone.  The error resets the stream, which the peer notices.
         raise PeerGone(f"{stream.peer} opened a push stream and brings no steps")
@@ -66,14 +77,49 @@ class _PushStream:
     """One push stream.
 
     steps: taken by sessions so far.  in_hand: a step waits for room at its session.  idle: it was ended.
+    gathers: results of the peer's sessions go back on it.
     """
 
-    peer: PeerId
+    stream: FrameStream
     takers: Iterable[StepTaker]
-    limits: Limits
+    frames: FrameBudget
     steps: int = 0
     in_hand: bool = False
     idle: bool = False
+    gathers: bool = False
+
+    @property
+    def peer(self) -> PeerId:
+        """At its other end."""
+        return self.stream.peer
+
+    async def take(self, message: Message, speed: int) -> None:
+        """One step."""
+        for taker in self.takers:
+            if await taker.take_push(message, self.peer, speed):
+                self.steps += 1
+                return
+        await self.frames.spend("idle step", self.stream, hop=True)
+
+    async def take_steps(self, message: Message) -> None:
+        """Steps of many sessions."""
+        steps = read_steps(message, self.frames.rates.limits.max_steps_per_frame)
+        left = steps
+        for taker in self.takers:
+            if left:
+                left = taker.take_steps(left, self.peer)
+        self.steps += len(steps) - len(left)
+        for _ in left:
+            await self.frames.spend("idle step", self.stream, hop=True)
+
+    def gather(self, message: Message, stack: ExitStack) -> None:
+        """Send results of the peer's sessions on this stream, as long as it is open.  Raises PeerFault."""
+        read_gather(message)
+        if self.gathers:
+            raise RemoteProtocolError("a second `gather` on one stream")
+        self.gathers = True
+        for taker in self.takers:
+            stack.enter_context(taker.gather(self.stream))
 
     def judge(self, beginning: bytes, size: int) -> Refused | None:
         """A large step is read only where a session wants it.  Raises PeerFault."""
@@ -83,7 +129,8 @@ class _PushStream:
 
     async def end_when_idle(self, scope: trio.CancelScope) -> None:
         """End a stream without steps: soon if no session is fed by the peer, else after a session's time."""
-        look_seconds, idle_seconds = self.limits.session_first_step_seconds, 0.0
+        limits = self.frames.rates.limits
+        look_seconds, idle_seconds = limits.session_first_step_seconds, 0.0
         while True:
             before = self.steps
             await trio.sleep(look_seconds)
@@ -91,8 +138,8 @@ class _PushStream:
                 idle_seconds = 0.0
                 continue
             idle_seconds += look_seconds
-            fed = any(taker.feeds(self.peer) for taker in self.takers)
-            if not fed or idle_seconds > self.limits.session_idle_seconds:
+            fed = any(taker.feeds(self.peer, gathers=self.gathers) for taker in self.takers)
+            if not fed or idle_seconds > limits.session_idle_seconds:
                 self.idle = True
                 scope.cancel()
                 return

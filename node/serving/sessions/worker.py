@@ -19,15 +19,17 @@ from node.serving.executor.engine import AS_AGREED, Answer, Engine, NotFinite, P
 from node.serving.executor.out_of_memory import OutOfMemory, or_refused
 from node.serving.sessions.frame_rates import FrameBudget
 from node.serving.sessions.hop_session import LEAST_TOLD_BYTES, HopSession, SessionCache
-from node.serving.sessions.inbox import Arrived
+from node.serving.sessions.inbox import Arrived, Landed
 from node.serving.sessions.state import Compute
+from node.serving.sessions.together.flights import take_off
+from node.serving.sessions.together.onward import message_of, timings_of
 from routing.names import PeerId
 from tensor_codec.codecs import recode
 from tensor_codec.errors import BadResult, CacheFull, PeerFault, PeerGone, Refused, RemoteProtocolError
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal, JournalBudget
 from tensor_codec.limits import Limits
-from tensor_codec.messages.contract import MAX_HOPS, REPLAY_TOKENS, Contract, StepRange, are_packed
+from tensor_codec.messages.contract import REPLAY_TOKENS, Contract, StepRange, are_packed
 from tensor_codec.messages.fields import Failed, encode_failed
 from tensor_codec.messages.session import (
     Close,
@@ -76,7 +78,7 @@ class HopWorker:
     async def connect_successor(self) -> bool:
         """Connect to the next hop, where the session has one; whether there is a connection then."""
         hop = self.hop
-        self._open_or_close_journal()
+        _open_or_close_journal(hop, self.journals)
         successor = PeerId(hop.route.successor) if hop.route.successor is not None else None
         with trio.move_on_after(self.limits.successor_seconds):
             try:
@@ -85,16 +87,6 @@ class HopWorker:
                 self.faults.add(str(successor), fault, bans=False)  # the client has chosen it
                 return False
         return hop.outlet.link is not None
-
-    def _open_or_close_journal(self) -> None:
-        kept, contract, sends_on = self.hop.kept, self.hop.contract, self.hop.route.sends_on
-        if kept.journal is not None and not sends_on:
-            self.journals.close(self.hop.key)
-            kept.journal = None
-        if kept.journal is None and sends_on:
-            kept.journal = self.journals.open(
-                self.hop.key, contract.batch, contract.row_bytes, contract.max_length
-            )
 
     def end_for(self, fault: PeerFault, sender: str) -> None:
         """End the session for a fault of `sender`; the client learns its name, if it is another peer."""
@@ -125,7 +117,8 @@ class HopWorker:
             case Step():
                 if hop.route.predecessor is None:
                     speed = hop.stream.speed if len(message.body) > LEAST_TOLD_BYTES else 0
-                    hop.put(message, hop.stream.peer, speed)
+                    if not take_off(self, message, hop.stream.peer, speed):
+                        hop.put(message, hop.stream.peer, speed)
                 elif message.epoch == hop.route.epoch:
                     raise RemoteProtocolError("a step from the client, where another hop sends them")
                 if message.epoch != hop.route.epoch:
@@ -154,8 +147,12 @@ class HopWorker:
         while True:
             hop.active_at = trio.current_time()
             item = None
-            with trio.move_on_at(min(life_ends, hop.active_at + patience)):
-                item = await hop.inbox.take()
+            while item is None:  # steps without this task move `active_at` on
+                since = trio.current_time() if hop.busy else hop.active_at
+                if trio.current_time() >= (until := min(life_ends, since + patience)):
+                    break
+                with trio.move_on_at(until):
+                    item = await hop.inbox.take()
             if item is None:
                 old = trio.current_time() >= life_ends
                 why = f"older than {life:g} s" if old else f"idle for {patience} s"
@@ -169,6 +166,9 @@ class HopWorker:
                     if not proved:
                         proved = True
                         self.faults.worked(hop.stream.peer)
+                elif isinstance(item, Landed):
+                    sender = item.arrived.sender
+                    await self._land(item)
                 elif isinstance(item, Relink):
                     await self._relink(item)
                 else:
@@ -184,7 +184,7 @@ class HopWorker:
     async def _relink(self, order: Relink) -> None:
         """Connect to the new successor and answer with the session's progress."""
         hop, state, kept = self.hop, self.hop.state, self.hop.kept
-        await self._recode()
+        await _recode(hop, self.journals)
         push = await self.connect_successor()
         first_kept = state.length
         if kept.journal is not None:
@@ -203,29 +203,6 @@ class HopWorker:
         )
         if order.epoch == hop.route.epoch:
             await send_to_client(hop, encode_relinked(answer))
-
-    async def _recode(self) -> None:
-        """Bring the kept outputs into the codec that is agreed on now."""
-        kept, contract = self.hop.kept, self.hop.contract
-        before, kept.codec = kept.codec, contract.codec
-        if before == contract.codec:
-            return
-        if kept.answer is not None:
-            kept.answer = replace(
-                kept.answer, body=recode(kept.answer.body, before, contract.codec, contract.hidden)
-            )
-        if (old := kept.journal) is None:
-            return
-        old.pinned = True  # it is being read
-        kept.journal = Journal(contract.batch, contract.row_bytes, contract.max_length)
-        kept.journal.pinned = True
-        for start, stop, rope_length in old.parts(old.start, old.stop, REPLAY_TOKENS):
-            body = recode(old.read(start, stop, before=0), before, contract.codec, contract.hidden)
-            kept.journal.append(start, stop - start, body, rope_length)
-            old.give_back(stop)  # no session takes its journal's memory twice
-            await trio.lowlevel.checkpoint()  # a long one takes milliseconds
-        kept.journal.adopt_orders(old)
-        self.journals.replace(self.hop.key, kept.journal)
 
     async def _resume(self, order: Resume) -> None:
         """Go on in a new epoch: cut, and send the outputs again that the successor lacks.
@@ -305,24 +282,39 @@ class HopWorker:
                     adapter=guests.adapter,
                     packing=_packing(hop, step, what) if step.packed or hop.route.pack else AS_AGREED,
                 )
-        except CacheFull as full:
-            hop.state.dropped(decision)
-            await send_to_client(hop, Failed.of(full, step.step))
+        except (CacheFull, BadResult) as error:
+            await _failed(hop, step, decision, error)
             return None
-        except BadResult as bad:
-            where = f"step {step.step}, blocks {hop.contract.start}:{hop.contract.stop}"
-            raise type(bad)(f"{where}: {bad}") from None
         if answer is None:
             hop.state.dropped(decision)
             return None
+        return self.keep(decision, answer, whole=whole)
+
+    def keep(self, decision: Compute, answer: Answer, *, whole: bool) -> Answer:
+        """Make an answer part of the session: the journal has it, where it is whole, and a retry finds it."""
+        hop, what = self.hop, decision.what
         hop.state.computed(decision)
         if (journal := hop.kept.journal) is not None and whole:
             self.journals.append(journal, what.position, what.tokens, answer.body, what.rope_length)
         if decision.step is not None:
             hop.kept.answer = replace(answer, packed=None) if answer.packed is not None else answer
         else:
-            self.engine.meters.replayed["computed"] += what.tokens * contract.batch
+            self.engine.meters.replayed["computed"] += what.tokens * hop.contract.batch
         return answer
+
+    async def _land(self, landed: Landed) -> None:
+        """Finish a step that was begun without this task.
+
+        Raises Refused, NotFinite, and PeerFault for a fault of the step's sender.
+        """
+        hop, step, decision = self.hop, landed.arrived.step, landed.decision
+        try:
+            answer = landed.result.unwrap()
+        except (CacheFull, BadResult) as error:
+            return await _failed(hop, step, decision, error)
+        if step.epoch == hop.route.epoch:
+            with hop.interruptible():
+                await self._pass_on(landed.arrived, decision.what, answer)
 
     async def _allocate(self, decision: Compute) -> None:
         """Have the cache cut to a step's position, get pages for the step, and have the rows ordered.
@@ -340,24 +332,12 @@ class HopWorker:
                 self.journals.reorder(hop.kept.journal, what.position, decision.step, what.rows)
 
     async def _pass_on(self, arrived: Arrived, what: StepRange, answer: Answer) -> None:
-        step, hop = arrived.step, self.hop
-        held = int((trio.current_time() - arrived.at) * 1e6)
-        # The next hop takes no more, whatever came in.
-        timings = (*step.timings, (held, answer.compute_micros))[-MAX_HOPS:]
-        speeds = _speeds(arrived) if arrived.speed or step.speeds else ()
-        if step.reply == "replay":
-            await self._pass_on_replay(what, answer, timings)
-        elif hop.route.successor is None:
-            position = what.position if hop.route.relay else what.reply_position
-            result = Result(step.step, position, answer.body, timings, hop.route.epoch)
-            await self._answer(replace(result, speeds=speeds) if speeds else result)
-        else:
-            packed = answer.packed if hop.route.pack else None
-            body = answer.body if packed is None else packed
-            onward = replace(
-                step, body=body, packed=packed is not None, timings=timings, speeds=speeds, owner=hop.key[0]
-            )
-            await self._push(onward, bulk=step.bulk)
+        if arrived.step.reply == "replay":
+            return await self._pass_on_replay(what, answer, timings_of(arrived, answer))
+        onward = message_of(self.hop, arrived, what, answer)
+        if isinstance(onward, Result):
+            return await self._answer(onward)
+        return await self._push(onward, bulk=arrived.step.bulk)
 
     async def _pass_on_replay(
         self, what: StepRange, answer: Answer, timings: tuple[tuple[int, int], ...]
@@ -407,17 +387,53 @@ class HopWorker:
             await send_to_client(hop, notice)
 
 
+def _open_or_close_journal(hop: HopSession, journals: JournalBudget) -> None:
+    kept, contract, sends_on = hop.kept, hop.contract, hop.route.sends_on
+    if kept.journal is not None and not sends_on:
+        journals.close(hop.key)
+        kept.journal = None
+    if kept.journal is None and sends_on:
+        kept.journal = journals.open(hop.key, contract.batch, contract.row_bytes, contract.max_length)
+
+
+async def _recode(hop: HopSession, journals: JournalBudget) -> None:
+    """Bring the kept outputs into the codec that is agreed on now."""
+    kept, contract = hop.kept, hop.contract
+    before, kept.codec = kept.codec, contract.codec
+    if before == contract.codec:
+        return
+    if kept.answer is not None:
+        kept.answer = replace(
+            kept.answer, body=recode(kept.answer.body, before, contract.codec, contract.hidden)
+        )
+    if (old := kept.journal) is None:
+        return
+    old.pinned = True  # it is being read
+    kept.journal = Journal(contract.batch, contract.row_bytes, contract.max_length)
+    kept.journal.pinned = True
+    for start, stop, rope_length in old.parts(old.start, old.stop, REPLAY_TOKENS):
+        body = recode(old.read(start, stop, before=0), before, contract.codec, contract.hidden)
+        kept.journal.append(start, stop - start, body, rope_length)
+        old.give_back(stop)  # no session takes its journal's memory twice
+        await trio.lowlevel.checkpoint()  # a long one takes milliseconds
+    kept.journal.adopt_orders(old)
+    journals.replace(hop.key, kept.journal)
+
+
+async def _failed(hop: HopSession, step: Step, decision: Compute, error: CacheFull | BadResult) -> None:
+    """A step was refused, and the session goes on.  Raises BadResult where it cannot."""
+    if isinstance(error, BadResult):
+        where = f"step {step.step}, blocks {hop.contract.start}:{hop.contract.stop}"
+        raise type(error)(f"{where}: {error}") from None
+    hop.state.dropped(decision)
+    await send_to_client(hop, Failed.of(error, step.step))
+
+
 def _packing(hop: HopSession, step: Step, what: StepRange) -> Packing:
     """How a step came, and how its outputs go on.  A replay goes on as exactly as it came."""
     rows, contract, route = what.tokens * hop.contract.batch, hop.contract, hop.route
     onward = route.pack and route.successor is not None and contract.packs and step.reply != "replay"
     return Packing(step.packed, onward=bool(onward) and are_packed(rows, route.pack))
-
-
-def _speeds(arrived: Arrived) -> tuple[int, ...]:
-    """Of the links to each hop so far, this one's the last; 0 for a hop that did not say it."""
-    before = arrived.step.speeds, len(arrived.step.timings)
-    return (*before[0][: before[1]], *[0] * (before[1] - len(before[0])), arrived.speed)[-MAX_HOPS:]
 
 
 def _from_position(body: Buffer, contract: Contract, position: int) -> Buffer:

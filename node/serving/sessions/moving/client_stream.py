@@ -68,6 +68,10 @@ class ClientStream:
         except PeerGone:
             await trio.lowlevel.checkpoint()
 
+    def send_now(self, frame: Buffer | Sequence[Buffer]) -> bool:
+        """See FrameStream."""
+        return self._greeted.is_set() and self._write_to.send_now(frame)
+
     async def receive(self, seconds: float | None = None) -> Buffer | None:
         """The next frame; None where the client has ended its present stream.
 

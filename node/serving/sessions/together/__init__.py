@@ -1,0 +1,1 @@
+"""Steps of many sessions at one moment: without a task of each, and in shared frames."""
