@@ -93,6 +93,7 @@ UNNAMED = {
     "Host.connect": "within Directory.measure",
     "Host.open_bytes": "within Host.open_stream",
     "Host.ping": "within Directory.measure",
+    "Inbox.take": "of the prompt's steps, which a task of the session takes",
     "Journal.cut": "nothing to cut",
     "MuxedStream.receive_some": "the protocol's name, for negotiate",
     "MuxedStream.send_all": "of the pings of Directory.measure",
@@ -116,8 +117,8 @@ UNNAMED = {
     "gaps": "within ChainChooser.is_covered_by",
     "sample": "within ChainChooser.choose",
     "queue_markup": "before client_bias",
-    "step_epoch": "within Listener._take",
-    "step_session": "within Listener.take_push",
+    "step_epoch": "within PushedSteps.take_push",
+    "step_session": "within PushedSteps.take_push",
 }
 
 
