@@ -93,6 +93,7 @@ UNNAMED = {
     "Host.connect": "within Directory.measure",
     "Host.open_bytes": "within Host.open_stream",
     "Host.ping": "within Directory.measure",
+    "_PushStream.take": "within read_pushes",
     "Inbox.take": "of the prompt's steps, which a task of the session takes",
     "Journal.cut": "nothing to cut",
     "MuxedStream.receive_some": "the protocol's name, for negotiate",

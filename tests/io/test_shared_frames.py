@@ -277,7 +277,7 @@ async def test_a_relink_interrupts_a_step_and_the_session_goes_on(autojump_clock
         await at.pusher.send(encode_steps([at.step(index) for index in range(3)]))
         await trio.sleep(1)
         await at.clients[1].stream.send(encode_relink(Relink(1, "before")))
-        answer = await at.clients[1].receive(world)
+        answer: object = await at.clients[1].receive(world)
         assert isinstance(answer, Relinked)
         assert (answer.length, answer.step) == (2, 0)
         await at.clients[1].stream.send(encode_resume(Resume(1, 2)))
