@@ -553,7 +553,7 @@ class RowsOverARoute:
     def answer_arrives(self) -> None:
         waiting = [each for each in self.steps.pending.values() if each.result is None]
         if waiting and waiting[0].step in self.answers:
-            waiting[0].deliver(Result(waiting[0].step, waiting[0].what.position, b""))
+            waiting[0].deliver(Result(waiting[0].step, waiting[0].what.position, b""), 1.0)
 
     def client_collects(self) -> None:
         pending = next(iter(self.steps.pending.values()), None)
