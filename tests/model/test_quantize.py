@@ -70,7 +70,7 @@ def random_rows(seed: int, outs: int, width: int, kind: torch.dtype) -> tuple[Te
     if kind == torch.int8:
         codes = torch.randint(-CODES, CODES + 1, (outs, width), dtype=torch.int8, generator=seeded(seed))
         return codes, torch.rand(outs, generator=seeded(seed + 1)) + 0.01
-    return torch.randn(outs, width, generator=seeded(seed)).bfloat16(), None
+    return torch.randn(outs, width, generator=seeded(seed)).to(kind), None
 
 
 def exact(
@@ -123,15 +123,28 @@ def test_any_shape_at_any_address_is_multiplied_right(
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16])
-@pytest.mark.parametrize("outs", [1, 3, 64, 131])
-def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_any_size(kind, outs):
-    weight, scale = random_rows(5, outs, 101, kind)
+@pytest.mark.parametrize(
+    ("outs", "width"), [(1, 101), (3, 101), (64, 101), (131, 101), (3, 3101), (71, 3101)]
+)
+def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_any_size(kind, outs, width):
+    weight, scale = random_rows(5, outs, width, kind)
     rows = kernels.Rows(weight, scale, torch.randn(outs, generator=seeded(1)))
-    x = torch.randn(40, 101, generator=seeded(2))
+    x = torch.randn(40, width, generator=seeded(2))
     alone = torch.cat([rows(x[row : row + 1]) for row in range(40)])
     for count in (*range(1, 20), 40):
         assert torch.equal(rows(x[:count]), alone[:count])
         assert torch.equal(rows(x[40 - count :]), alone[40 - count :])
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("outs", [4, 5, 6, 7, 64])
+def test_one_row_and_long_rows_of_weights_are_multiplied_in_streams(kind, outs):
+    width = kernels.SHORT_TILE_BYTES // 4 + 5
+    weight, scale = random_rows(7, outs, width, kind)
+    bias = torch.randn(outs, generator=seeded(1))
+    x = torch.randn(1, width, generator=seeded(2))
+    expected, allowed = exact(x, weight, scale, bias)
+    assert ((kernels.Rows(weight, scale, bias)(x) - expected).abs() <= allowed).all()
 
 
 def test_rows_beyond_a_panel_are_computed_too():
@@ -186,14 +199,16 @@ def test_other_cpus_of_the_family_compute_the_same(cpu, features, pytestconfig):
 import torch
 from node.model.weights import kernels
 g = torch.Generator().manual_seed(0)
-for outs, width in ((70, 199), (12, 64), (1, 5)):
+for outs, width in ((70, 199), (12, 64), (1, 5), (7, 3101)):
     codes = torch.randint(-127, 128, (outs, width), dtype=torch.int8, generator=g)
     scale, x = torch.rand(outs, generator=g) + 0.01, torch.randn(13, width, generator=g)
     half = torch.randn(outs, width, generator=g).bfloat16()
     for rows, weight in ((kernels.Rows(codes, scale, None), codes * scale[:, None]),
                          (kernels.Rows(half, None, None), half.float())):
-        error = (rows(x) - x @ weight.T).abs() / (x.abs() @ weight.abs().T)
+        got = rows(x)
+        error = (got - x @ weight.T).abs() / (x.abs() @ weight.abs().T)
         assert error.max() < 1e-4, (outs, width, weight.dtype, error.max())
+        assert torch.equal(rows(x[:1]), got[:1])
 print(kernels.LANES, kernels.INTEGERS)
 """
     # Compiled once for each state of the source, as the kernels of this CPU are.

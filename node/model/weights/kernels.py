@@ -22,9 +22,12 @@ added as 32-bit integers, exactly, two for each lane.  An instruction does twice
 instruction widens the weights; converting half as many to float32 takes two.  Rounding x adds an error of
 about 1e-5 of the row's norm, a hundredth of the error of the weights' 8 bits.
 
-Rows of the matrix lie one after the other, and a tile of four outputs reads four places at once,
-which hardware prefetchers do not follow.  The tile asks for the memory in its own order instead, some
-KiB ahead: for one row and 106 million weights that made 7 ms of 19.
+A step of one row is bounded by memory, and how its reads lie there decides.  The four rows of a tile lie
+one after the other while they are short: hardware prefetchers do not follow four places so close to each
+other, and the tile asks for the memory in its own order, some KiB ahead and so across the matrices that
+follow.  Four long rows would be read before that order reaches them.  They are taken from four quarters of
+the matrix instead, so that each tile goes on where the last one ended in each quarter: four long streams, as
+the prefetchers expect.
 
 Importing this module imports numba.  A kernel is compiled at its first use (a few seconds), and kept in the
 user's cache for every process with these sources (node/model/weights/kernel_cache.py).
@@ -57,7 +60,11 @@ numba.config.THREADING_LAYER = "workqueue"
 _FEATURES = frozenset((numba.config.CPU_FEATURES or get_host_cpu_features()).split(","))
 LANES = 16 if "+avx512bw" in _FEATURES else 8  # of 32 bits in a vector
 INTEGERS = "+avx2" in _FEATURES  # whether int8 weights are multiplied with 16-bit integers
-AHEAD_BYTES = 4096  # distance of a tile's prefetch ahead of its reads
+# Measured on an AMD EPYC with SmolLM2's matrices and with rows of 2,048 and 4,096 numbers, for each item.
+AHEAD_BYTES = 8192  # distance of a tile's prefetch ahead of its reads
+SHORT_TILE_BYTES = 6144  # of the four rows of a tile for one row of x, if they lie next to each other
+SHORT_WIDE_BYTES = 4096  # of items of more than a byte
+STREAM_AHEAD_BYTES = {1: 384, 2: 384, 4: 128}  # distance of the prefetch in each of four streams, by item
 PANEL_BYTES = 96 * 1024  # of the weights used for all rows before the next weights: a part of the L2 cache
 SLICE_WORK = 1 << 23  # products in the smallest slice for a thread: handing it over takes 0.2 ms
 CACHE_LINE = 64
@@ -273,8 +280,7 @@ class _Tile:
         there, after = build.append_basic_block("there"), build.append_basic_block("after")
         build.cbranch(build.icmp_signed("==", address, _I64(0)), after, there)
         build.position_at_end(there)
-        pointer = build.inttoptr(address, ir.VectorType(_F32, count).as_pointer())
-        numbers = self._spread(build.load(pointer, align=4), place)
+        numbers = self._spread(self._numbers(address, count), place)
         combined = [combine(each, number) for each, number in zip(sums, numbers, strict=True)]
         build.branch(after)
         build.position_at_end(after)
@@ -285,6 +291,11 @@ class _Tile:
             phi.add_incoming(other, there)
             phis.append(phi)
         return phis
+
+    def _numbers(self, address: Any, count: int) -> Any:
+        """Float32 numbers of the tile's rows or of its outputs, as a vector."""
+        pointer = self.build.inttoptr(address, ir.VectorType(_F32, count).as_pointer())
+        return self.build.load(pointer, align=4)
 
     def _store(self, numbers: Any, base: Any, index: Any) -> None:
         address = self.build.add(base, self.build.mul(index, _I64(4)))
@@ -338,6 +349,57 @@ class _IntegerTile(_Tile):
         return self.build.sitofp(weights, _F32)
 
 
+class _Streams(_Tile):
+    """Mixed into a tile of one row of x: its outputs are `stride` apart in the matrix and in the answer."""
+
+    def write(
+        self, x: Any, x_scale: Any, w: Any, scale: Any, bias: Any, out: Any, stride: Any, k: Any
+    ) -> None:
+        """As of a tile, but for the stride: of the tile's outputs."""
+        self.stride = stride
+        super().write(x, x_scale, w, scale, bias, out, stride, k)
+
+    def _place(self, base: Any, output: int, size: Any) -> Any:
+        """The address that belongs to an output of the tile, `size` bytes for each output of the matrix."""
+        return self.build.add(base, self.build.mul(self.build.mul(_I64(output), self.stride), size))
+
+    def _load(self, base: Any, size: int, row: int, k: Any, kind: Any) -> Any:
+        line = self._place(base, row, self.build.mul(self.k, _I64(size)))
+        return super()._load(line, size, 0, k, kind)
+
+    def _ask_ahead(self, k: Any, step: int) -> None:
+        """Prefetch a line of each stream, or in turn where a step is a part of a line."""
+        build, read = self.build, step * self.item_bytes
+        line = build.mul(self.k, _I64(self.item_bytes))
+        ahead = build.add(build.mul(k, _I64(self.item_bytes)), _I64(STREAM_AHEAD_BYTES[self.item_bytes]))
+        steps = max(CACHE_LINE // read, 1)  # that read a line
+        for place in range(0, self.outs, steps):
+            output = _I64(place)
+            if steps > 1:
+                output = build.add(output, build.urem(build.udiv(k, _I64(step)), _I64(steps)))
+            base = build.add(build.mul(build.mul(output, self.stride), line), build.add(self.w, ahead))
+            for offset in range(0, read, CACHE_LINE):
+                pointer = build.inttoptr(build.add(base, _I64(offset)), _I8.as_pointer())
+                build.call(self.prefetch, [pointer, _I32(0), _I32(3), _I32(1)])
+
+    def _numbers(self, address: Any, count: int) -> Any:
+        if count == 1:
+            return super()._numbers(address, count)
+        places = [self._place(address, output, _I64(4)) for output in range(count)]
+        return self._packed(
+            [self.build.load(self.build.inttoptr(each, _F32.as_pointer()), align=4) for each in places]
+        )
+
+    def _store(self, numbers: Any, base: Any, index: Any) -> None:
+        for output in range(self.outs):
+            place = self.build.inttoptr(self._place(base, output, _I64(4)), _F32.as_pointer())
+            self.build.store(self.build.extract_element(numbers, _I32(output)), place, align=4)
+
+
+class _IntegerStreams(_Streams, _IntegerTile):
+    pass
+
+
 def _many(kind: Any, width: int) -> Any:
     return ir.VectorType(kind, width) if width > 1 else kind
 
@@ -346,7 +408,9 @@ def _mask(lanes: Sequence[int]) -> ir.Constant:
     return ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
 
 
-def _tile(rows: int, outs: int) -> Any:
+def _tile(
+    rows: int, outs: int, floats: type[_Tile] = _Tile, integers: type[_IntegerTile] = _IntegerTile
+) -> Any:
     """A function for compiled code: computes one tile.
 
     item: a number of the weights' type.  x_scale: 0 where x is float32; 16-bit integers have one.
@@ -365,7 +429,7 @@ def _tile(rows: int, outs: int) -> Any:
         stride: Any, k: Any,
     ) -> Any:  # fmt: skip
         kind = {types.int8: _I8, types.int16: _I16, types.int32: _I32}[item]
-        style = _IntegerTile if x_item == types.int16 else _Tile
+        style = integers if x_item == types.int16 else floats
         return types.void(x_item, item, *[types.int64] * 8), writer(style, kind)
 
     return tile
@@ -379,7 +443,25 @@ _tile_1, _tile_2, _tile_3, _tile_4, _tile_5, _tile_6 = (
     _tile(rows, outs) for rows, outs in enumerate(_OUTS, 1)
 )
 _tile_1x1 = _tile(1, 1)
+_streams = _tile(1, _OUTS[0], _Streams, _IntegerStreams)
 _OUTS_1, _OUTS_2, _OUTS_3, _OUTS_4, _OUTS_5, _OUTS_6 = _OUTS
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _one_row(
+    x_item: Any, item: Any, size: int, x: int, x_scale: int, w: int, scale: int, bias: int, out: int, n: int,
+    k: int,
+) -> None:  # fmt: skip
+    """`_rows` for one row of x, in streams; at least as many outputs as there are streams."""
+    scaled, biased = 4 if scale else 0, 4 if bias else 0
+    stride = n // _OUTS_1
+    for at in range(stride + (n - stride * _OUTS_1)):
+        # The outputs after the streams' are the last ones of the last stream, moved on.
+        first = at if at < stride else n - 1 - (_OUTS_1 - 1) * stride - (at - stride)
+        _streams(
+            x_item, item, x, x_scale, w + first * k * size, scale + first * scaled, bias + first * biased,
+            out + first * 4, stride, k,
+        )  # fmt: skip
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -404,6 +486,9 @@ def _rows(
     addresses and lengths.
     """
     x_size, size = sizes
+    if m == 1 and _OUTS_1 * k * size > (SHORT_TILE_BYTES if size == 1 else SHORT_WIDE_BYTES) and n >= _OUTS_1:
+        _one_row(x_item, item, size, x, x_scale, w, scale, bias, out, n, k)
+        return
     scaled = 4 if scale else 0
     x_scaled = 4 if x_scale else 0
     biased = 4 if bias else 0
