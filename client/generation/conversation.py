@@ -111,7 +111,7 @@ class Conversation:
         prompt = prompt or len(tokens)
         while True:
             try:
-                with trio.fail_at(until + LATE_SECONDS):
+                with trio.fail_at(until + LATE_SECONDS), self.heads.generation():
                     session, result, step = await self._answer(tokens, prompt, deadline, until)
                     try:
                         read = partial(session.decode, result)

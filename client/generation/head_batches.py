@@ -4,12 +4,17 @@ A head reads its whole matrix, whether for one hidden state or for eight: 113 MB
 10 ms for eight with SmolLM2-135M in float32 on one core (1.4 and 3.9 ms where only the likeliest token is
 wanted, see node/model/weights/argmax_head.py).  The batch is assembled as late as possible, when the torch
 thread takes it; no generation waits for others.
+
+One generation alone, whose likeliest token is found within INLINE_SECONDS, has it computed in the event
+loop's own thread: the way into the torch thread and back takes 0.1 to 0.4 ms of a token.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -23,10 +28,17 @@ T = TypeVar("T")
 
 # Beyond this number a row gets hardly cheaper, and the first rows would only come back later.
 MAX_ROWS = 8
+# An event loop that is kept for so long still answers pings in time; with a large head it would not.
+INLINE_SECONDS = 0.003
+TIMED = 8  # the shortest of so many heads is the usual one: others were interrupted
 
 
 class Head(Protocol):
     """The part of `node.model.embed_and_head.EmbedAndHead` that makes logits."""
+
+    @property
+    def stateless(self) -> bool:
+        """Whether several threads may use it at a time."""
 
     def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
         """Norm and head: [rows, tokens, hidden] -> float32 [rows, tokens, vocabulary].
@@ -40,15 +52,35 @@ class HeadBatches:
 
     Promises, checked by tests/io/test_head_batches.py:
       * each caller gets the answer to its own hidden state, in the order of asking;
-      * an error of one caller, or its cancellation, reaches no other caller.
+      * an error of one caller, or its cancellation, reaches no other caller;
+      * nothing is computed in the event loop's thread but a likeliest token, and that only where heads have
+        been quick and no second generation is under way.
     """
 
-    def __init__(self, local_model: Head, compute: Runner, max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self,
+        local_model: Head,
+        compute: Runner,
+        max_rows: int = MAX_ROWS,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """max_rows: hidden states in one batch."""
         self._local_model = local_model
         self._compute = compute
         self._max_rows = max_rows
+        self._clock = clock
         self._waiting: deque[_Request[object]] = deque()  # filled here, emptied in the torch thread
+        self._seconds: deque[float] = deque(maxlen=TIMED)  # of the last heads of one row, for the best alone
+        self._generations = 0
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """A generation is under way, and will want the head soon."""
+        self._generations += 1
+        try:
+            yield
+        finally:
+            self._generations -= 1
 
     async def pick(
         self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], *, best_only: bool = False
@@ -56,9 +88,12 @@ class HeadBatches:
         """pick(logits float32 [vocabulary]) after the last position of read() [1, tokens, hidden].
 
         best_only: `pick` needs the place of the largest logit alone; others may be -inf.
-        Both run in the torch thread; an error of either is raised here.
+        Both run in the torch thread, or here, see above; an error of either is raised here.
         """
         request: _Request[T] = _Request(read, pick, best_only)
+        if best_only and self._is_quick():
+            self._compute_batch(deque([request]))  # type: ignore[list-item]  # as below
+            return request.unwrap()
         # No await in between: the first waiting caller is the first in the thread's queue.
         self._waiting.append(request)  # type: ignore[arg-type]  # the type of its answer stays its own
         try:
@@ -67,19 +102,23 @@ class HeadBatches:
             request.drop()
             raise
 
+    def _is_quick(self) -> bool:
+        """Whether one likeliest token may be computed in the event loop's thread now."""
+        alone = self._generations < 2 and not self._waiting and self._local_model.stateless
+        return alone and bool(self._seconds) and min(self._seconds) <= INLINE_SECONDS
+
     def _answer(self, request: _Request[T]) -> T:
         """Runs in the torch thread: the answer, which an earlier request's batch may have brought."""
         if request.answer is None:
-            self._compute_batch()
-        assert request.answer is not None
-        return request.answer.unwrap()
+            self._compute_batch(self._waiting)
+        return request.unwrap()
 
-    def _compute_batch(self) -> None:
+    def _compute_batch(self, waiting: deque[_Request[object]]) -> None:
         """Answer the requests that have waited longest."""
         batch: list[_Request[object]] = []
         rows: list[Tensor] = []
-        while self._waiting and len(rows) < self._max_rows:
-            request = self._waiting.popleft()
+        while waiting and len(rows) < self._max_rows:
+            request = waiting.popleft()
             if not request.is_wanted:
                 continue
             hidden = outcome.capture(request.read)
@@ -92,11 +131,14 @@ class HeadBatches:
             return
         # The head knows no positions, so rows of several sessions make one batch: [rows, 1, hidden].
         best_only = all(request.best_only for request in batch)
+        began = self._clock()
         logits = outcome.capture(partial(self._local_model.head, torch.cat(rows), best_only=best_only))
         if isinstance(logits, outcome.Error):  # our own bug; it fails the whole batch
             for request in batch:
                 request.settle(outcome.Error(logits.error))
             return
+        if best_only and len(batch) == 1:
+            self._seconds.append(self._clock() - began)
         for request, row in zip(batch, logits.unwrap()[:, -1], strict=True):
             request.settle(outcome.capture(request.pick, row))
 
@@ -119,6 +161,11 @@ class _Request(Generic[T]):
     def settle(self, answer: outcome.Outcome[T]) -> None:
         """The answer, or the error in its place."""
         self.answer = answer
+
+    def unwrap(self) -> T:
+        """The answer; its error is raised."""
+        assert self.answer is not None
+        return self.answer.unwrap()
 
     def drop(self) -> None:
         """Nobody waits for the answer any more."""

@@ -26,7 +26,7 @@ from node.model.checkpoint.folder import ModelFolder, read_json
 from node.model.checkpoint.packed import packing_of, unpacked
 from node.model.checkpoint.progress import Progress, silent
 from node.model.checkpoint.tensors import end_tensors, load_tensors
-from node.model.llama.modules import LlamaForCausalLM
+from node.model.llama.modules import LlamaForCausalLM, RMSNorm
 
 if TYPE_CHECKING:
     from node.model.peft.modules import ModelModules
@@ -62,6 +62,7 @@ class EmbedAndHead:
             self._plain = embedding, norm, cast(Any, model).get_output_embeddings()
         self._product: Callable[..., Tensor] | None = None  # the head's, where it is compiled
         self._exact_argmax: ExactArgmax | None = None
+        self._norm: Callable[[Tensor], Tensor] | None = None  # the compiled one
 
     @property
     def stateless(self) -> bool:
@@ -87,6 +88,7 @@ class EmbedAndHead:
         if (compiled := kernels()) is not None and type(head) is nn.Linear and head.weight.is_contiguous():
             bias = None if head.bias is None else head.bias.detach()
             self._product = compiled.Rows(head.weight.detach(), None, bias)
+            self._norm = _compiled_norm(self._plain[1])
 
     @property
     def product(self) -> Callable[..., Tensor] | None:
@@ -129,7 +131,10 @@ class EmbedAndHead:
         if self._plain is not None:
             _, norm, head = self._plain
             if self._product is not None:
-                normed, threads = norm(hidden.to(self.device, self.dtype)), torch.get_num_threads()
+                normed, threads = (
+                    (self._norm or norm)(hidden.to(self.device, self.dtype)),
+                    torch.get_num_threads(),
+                )
                 if best_only and self._exact_argmax is not None:
                     flat = self._exact_argmax(normed.flatten(0, -2), threads)
                     return flat.view(*hidden.shape[:-1], -1)
@@ -174,6 +179,23 @@ class EmbedAndHead:
         if found is None:
             found = self.folder.config.get("eos_token_id")
         return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def _compiled_norm(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Our own norm of float32 rows in one call of compiled code; None for other norms."""
+    if type(norm) is not RMSNorm or norm.weight.dtype != torch.float32:
+        return None
+    from node.model.weights.argmax_head import norm_kernel
+
+    kernel, weight, eps = norm_kernel(), norm.weight.detach().contiguous().numpy(), norm.variance_epsilon
+
+    def normed(x: Tensor) -> Tensor:
+        given = x.detach().contiguous()
+        out = torch.empty_like(given)
+        kernel(given.view(-1, len(weight)).numpy(), weight, eps, out.view(-1, len(weight)).numpy())
+        return out
+
+    return normed
 
 
 def _logits(found: Tensor) -> Tensor:

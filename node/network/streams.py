@@ -269,7 +269,7 @@ class FramedStream:
                     await self._get_place()
                     begun = trio.current_time()
                 if seconds is None:
-                    allowed = max(allowed, self._seconds_for(decoder.missing_bytes))
+                    allowed = max(allowed, _seconds_for(self._limits, decoder.missing_bytes))
                     scope.deadline = begun + allowed
                 if not await self._read():
                     return None
@@ -277,9 +277,6 @@ class FramedStream:
         if seconds is not None:
             raise SlowPeer(f"no whole frame from {self.peer} within {seconds:g} s")
         raise SlowPeer(f"a frame from {self.peer} had begun and was not whole within {allowed:.3g} s")
-
-    def _seconds_for(self, size: int) -> float:
-        return self._limits.frame_start_seconds + size / self._limits.frame_floor_bytes_per_second
 
     def _take(self) -> bytearray | None:
         """The next frame if it is whole; its bytes are the caller's from now on."""
@@ -304,7 +301,7 @@ class FramedStream:
         if self.judge is not None:
             self._refusal = self.judge(self._decoder.beginning(_HEADER_BYTES), size)
         if self._refusal is None:
-            await self._reader.place.begin(size, self._seconds_for(size))
+            await self._reader.place.begin(size, _seconds_for(self._limits, size))
         else:
             self._decoder.discard()
         self._has_place = True
@@ -333,3 +330,8 @@ class FramedStream:
             return True
         self._decoder.close()
         return False
+
+
+def _seconds_for(limits: Limits, size: int) -> float:
+    """Within which a frame, with so many bytes missing, must be whole."""
+    return limits.frame_start_seconds + size / limits.frame_floor_bytes_per_second

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 import pytest
 import trio
+import trio.testing
 
 from tests.fakes_serving import best, conversation_of, generated, swarm
 from tests.traced import Called, Tracer
 
 PROMPT = [1, 2, 3, 4]
 HOPS = 3
-MAX_CALLS = 450
+MAX_CALLS = 420
 MAX_SERVER_CALLS = 340  # of all hops, with reading and writing their messages and the client's
 MAX_SCHEDULER_CALLS_OF_A_HOP = 40  # with one step waiting
 EXECUTOR = "node/serving/executor/"
@@ -37,9 +38,11 @@ async def calls_of_a_token() -> Sequence[Called]:
         tokens = list(PROMPT)
         for _ in range(10):
             tokens.append(await conversation.logits_after(tokens, best, follow=int))
+        await trio.testing.wait_all_tasks_blocked()  # the next step has come back
         tracer.start()
         try:
             tokens.append(await conversation.logits_after(tokens, best, follow=int))
+            await trio.testing.wait_all_tasks_blocked()  # the one after it
         finally:
             tracer.stop()
         assert tokens[len(PROMPT) :] == generated(PROMPT, 11, 8)

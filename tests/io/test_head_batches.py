@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ import trio.testing
 from torch import Tensor
 
 from client.generation.conversation import Conversation
-from client.generation.head_batches import MAX_ROWS, HeadBatches
+from client.generation.head_batches import INLINE_SECONDS, MAX_ROWS, TIMED, HeadBatches
 from node.model.checkpoint.folder import HashMemo, open_folder
 from node.model.embed_and_head import load_embed_and_head
 from node.runtime.compute_thread import ComputeThread, open_compute_thread
@@ -315,3 +316,66 @@ def test_a_head_gives_each_of_the_rows_that_are_merged_what_it_would_get_alone(v
     # Other shapes are other matrix products: float32 with a sum of 32 values.
     assert (together - alone).abs().max() <= 2e-6 * alone.abs().max()
     assert torch.equal(together.argmax(-1), alone.argmax(-1))
+
+
+class TimedEnds(CountingEnds):
+    """Each head takes `seconds` of a clock of its own.  threads: in which heads were computed."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.now = seconds, 0.0
+        self.threads: list[int] = []
+
+    def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
+        self.now += self.seconds
+        self.threads.append(threading.get_ident())
+        return super().head(hidden)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "generations", "best_only", "is_inline"),
+    [
+        (INLINE_SECONDS, 1, True, True),
+        (2 * INLINE_SECONDS, 1, True, False),
+        (INLINE_SECONDS, 2, True, False),
+        (INLINE_SECONDS, 1, False, False),
+    ],
+)
+async def test_only_a_quick_search_for_the_best_of_one_generation_is_made_in_the_event_loop(
+    seconds, generations, best_only, is_inline
+):
+    ends = TimedEnds(seconds)
+    async with open_compute_thread() as compute:
+        heads = HeadBatches(ends, compute, clock=lambda: ends.now)
+        with ExitStack() as stack:
+            for _ in range(generations):
+                stack.enter_context(heads.generation())
+            for index in range(3):
+                read = partial(some_hidden, 1, seed=index)
+                assert await heads.pick(read, best, best_only=best_only) == own_answer(index)
+    here = [thread == threading.get_ident() for thread in ends.threads]
+    assert here == [False, is_inline, is_inline]  # the first one is timed
+
+
+async def test_a_head_that_became_slow_goes_back_into_the_torch_thread():
+    ends = TimedEnds(INLINE_SECONDS)
+    async with open_compute_thread() as compute:
+        heads = HeadBatches(ends, compute, clock=lambda: ends.now)
+        for index in range(2 * TIMED):
+            await heads.pick(partial(some_hidden, 1, seed=index), best, best_only=True)
+            ends.seconds = 2 * INLINE_SECONDS
+    here = [thread == threading.get_ident() for thread in ends.threads]
+    assert here == [False] + TIMED * [True] + (TIMED - 1) * [False]
+
+
+async def test_an_error_in_the_event_loop_is_that_caller_s_own():
+    async with open_compute_thread() as compute:
+        heads = HeadBatches(CountingEnds(), compute, clock=lambda: 0.0)
+        await heads.pick(partial(some_hidden, 1), best, best_only=True)
+
+        def spoilt() -> Tensor:
+            raise BadResult("NaN")
+
+        with pytest.raises(BadResult):
+            await heads.pick(spoilt, best, best_only=True)
+        assert await heads.pick(partial(some_hidden, 1, seed=3), best, best_only=True) == own_answer(3)

@@ -10,21 +10,95 @@ with x is at most (Cauchy and Schwarz)
 that cannot be the largest within these bounds are left out.  The few other rows are computed in float32,
 with the bits of the whole product.  Measured with SmolLM2-135M's 49,152 rows: 7 of them on the average, 45
 at most; 1.4 ms in place of 7.
+
+Norm, products, bounds and what is left are two calls of compiled code: between two tokens the caches hold
+weights, and each operation of torch begins with reading its own code.
 """
 
 from __future__ import annotations
 
-import math
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from numba import types
 from torch import Tensor
 
-from node.model.weights.quantize import dequantize_rows, kernels, quantize_rows
+from node.model.weights.arena import WeightArena, arena_bytes
+from node.model.weights.compiling import Kernel, compiled
+from node.model.weights.decode_kernels import _normed
+from node.model.weights.kernels import LARGEST, Rows, call_at, product_of, slices_for
+from node.model.weights.quantize import dequantize_rows, quantize_rows
 
 PIECE_VALUES = 1 << 20  # weights that the first pass reads together: they stay in the cache
 MAX_LEFT = 1 / 16  # of the rows: when more are left, all are computed
 EPSILON = 2.0**-24
+_f = np.float32
+_MARGIN = _f(1.0001)  # for the rounding of the bounds themselves
+
+
+def _normed_rows(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    _normed(x, weight, eps, out)
+
+
+@cache
+def norm_kernel() -> Kernel:
+    """RMSNorm (arXiv:1910.07467): (x float32 [rows, k], weight [k], eps, out [rows, k])."""
+    signature = "void(float32[:, ::1], float32[::1], float32, float32[:, ::1])"
+    return compiled(_normed_rows, signature, fastmath={"reassoc", "nsz", "contract", "arcp"})
+
+
+def _screened(
+    products: Any, matrices: Any, scale: Any, bounds: Any, x: Any, out: Any, rounding: Any, is_given: Any
+) -> Any:
+    """Put the products that may be the largest into `out` [outs], -inf for the others.
+
+    products: addresses of `product_of` int8 and float32.  matrices: of the codes and of the weights.
+    bounds: [3, outs]: of each row the norm of its error, its norm, the sum of its codes' sizes.
+    is_given: `out` holds the products with the codes.  Answers how many rows may be the largest; all of `out`
+    is to be computed where it is -1.
+    """
+    outs, k = scale.size, x.size
+    total, most = _f(0), _f(0)
+    for i in range(k):
+        total += x[i] * x[i]
+        most = max(most, abs(x[i]))
+    norm = np.sqrt(total)
+    if not norm < _f(np.inf):
+        return -1
+    x_at, out_at = x.ctypes.data, out.ctypes.data
+    if not is_given:
+        call_at(products[0], (1, x_at, matrices[0], scale.ctypes.data, 0, out_at, 1, outs, k, outs))
+    errors, norms, sums = bounds[0], bounds[1], bounds[2]
+    by_error, by_norm, by_sum = norm * _MARGIN, norm * rounding, most * _f(0.5 / LARGEST) * _MARGIN
+    least = -_f(np.inf)
+    for i in range(outs):
+        bound = errors[i] * by_error + norms[i] * by_norm + sums[i] * by_sum
+        least = max(least, out[i] - bound)
+        out[i] += bound
+    left, most_left = 0, int(outs * MAX_LEFT)
+    exact = np.empty(1, np.float32)
+    for i in range(outs):
+        if out[i] >= least:
+            left += 1
+            if left > most_left:
+                return -1
+            at = matrices[1] + i * k * 4
+            call_at(products[1], (4, x_at, at, 0, 0, exact.ctypes.data, 1, 1, k, 1))
+            out[i] = exact[0]
+        else:
+            out[i] = -_f(np.inf)
+    return left
+
+
+@cache
+def screen_kernel() -> Kernel:
+    """See `_screened`."""
+    pair, row = types.UniTuple(types.int64, 2), types.float32[::1]
+    signature = types.int64(pair, pair, row, types.float32[:, ::1], row, row, types.float32, types.boolean)
+    # No comparison here meets NaN, which a norm without bound has kept away.
+    return compiled(_screened, signature, fastmath={"nnan", "nsz", "contract"})
 
 
 class ExactArgmax:
@@ -36,47 +110,41 @@ class ExactArgmax:
 
     def __init__(self, weight: Tensor) -> None:
         """Takes 0.2 s for 28 million weights.  Raises ValueError for NaN and infinity."""
-        compiled = kernels()
-        assert compiled is not None
-        self._rows: Any = compiled.Rows  # Any: of a module that is imported only where it is wanted
         self._weight = weight
         outs, k = weight.shape
         codes, scale = torch.empty(outs, k, dtype=torch.int8), torch.empty(outs)
-        self._error, self._sum, self._norm = torch.empty(outs), torch.empty(outs), torch.empty(outs)
+        bounds = torch.empty(3, outs)
+        error, norm, total = bounds
         pieces = max(1, PIECE_VALUES // k)
         for first in range(0, outs, pieces):
             rows = slice(first, first + pieces)
             codes[rows], scale[rows] = quantize_rows(weight[rows])
             kept = dequantize_rows(codes[rows], scale[rows], torch.float32)
-            self._norm[rows] = torch.linalg.vector_norm(weight[rows], dim=1)
-            self._sum[rows] = torch.linalg.vector_norm(kept, ord=1, dim=1)
-            self._error[rows] = torch.linalg.vector_norm(kept.sub_(weight[rows]), dim=1)
-        self._coarse = compiled.Rows(codes, scale, None)
-        self._whole = compiled.Rows(weight, None, None)
-        self._half_a_step = 0.5 / compiled.LARGEST
+            norm[rows] = torch.linalg.vector_norm(weight[rows], dim=1)
+            total[rows] = torch.linalg.vector_norm(kept, ord=1, dim=1)
+            error[rows] = torch.linalg.vector_norm(kept.sub_(weight[rows]), dim=1)
+        arena = WeightArena(arena_bytes([codes, scale, bounds]))
+        codes, scale, bounds = (arena.joined([each]) for each in (codes, scale, bounds))
+        self._coarse = Rows(codes, scale, None)
+        self._whole = Rows(weight, None, None)
         # Of either product: additions one after the other in a lane, then the remaining ones.
         self._rounding = 2 * EPSILON * (k / 8 + 32)
+        self._screen = screen_kernel()
+        self._products = product_of(torch.int8).address, product_of(torch.float32).address
+        self._matrices = codes.data_ptr(), weight.data_ptr()
+        self._scale, self._bounds = scale.numpy(), bounds.numpy()
 
     def __call__(self, x: Tensor, threads: int) -> Tensor:
         """x: float32 [rows, k] -> [rows, outs]: the products that may be the largest, -inf for the others."""
-        coarse: Tensor = self._coarse(x, threads)
-        norms = torch.linalg.vector_norm(x, dim=1).tolist()
-        steps = x.abs().amax(1).mul_(self._half_a_step).tolist()
-        for row, norm, half_a_step in zip(range(len(x)), norms, steps, strict=True):
-            self._keep_the_best(coarse[row], x[row : row + 1], norm, half_a_step, threads)
-        return coarse
-
-    def _keep_the_best(
-        self, coarse: Tensor, x: Tensor, norm: float, half_a_step: float, threads: int
-    ) -> None:
-        """Replace the coarse products [outs] of one row by the answer."""
-        bound = (self._error * (norm * 1.0001)).add_(self._norm, alpha=norm * self._rounding)
-        bound.add_(self._sum, alpha=half_a_step * 1.0001)
-        least = float((coarse - bound).max())
-        left = torch.nonzero(coarse + bound >= least)[:, 0]
-        if not math.isfinite(least) or len(left) > MAX_LEFT * len(coarse):
-            coarse.copy_(self._whole(x, threads)[0])
-            return
-        exact = self._rows(self._weight[left], None, None)(x)[0]
-        coarse.fill_(-math.inf)
-        coarse[left] = exact
+        rows, (outs, k) = len(x), self._weight.shape
+        is_given = rows > 1 or slices_for(outs * k, outs, threads) > 1
+        found = self._coarse(x, threads) if is_given else torch.empty(rows, outs)
+        lines, answers = x.contiguous().numpy(), found.numpy()
+        for row in range(rows):
+            left = self._screen(
+                self._products, self._matrices, self._scale, self._bounds, lines[row], answers[row],
+                self._rounding, is_given,
+            )  # fmt: skip
+            if left < 0:
+                found[row] = self._whole(x[row : row + 1], threads)[0]
+        return found

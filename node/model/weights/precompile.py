@@ -19,13 +19,15 @@ def main() -> int:
     """Compile what the cache lacks; 0, also where there is nothing to compile with."""
     if (found := kernels()) is None:
         return 0
-    from node.model.weights import decode_kernels, low_rank_kernel
+    from node.model.weights import argmax_head, decode_kernels, low_rank_kernel
 
     for dtype in (torch.float32, torch.int8):
         found.kernel_for(dtype)
         decode_kernels.halves(dtype, together=False)
     decode_kernels.attention(*BUILTIN_ATTENTION)
     low_rank_kernel.head(0)
+    argmax_head.norm_kernel()
+    argmax_head.screen_kernel()
     return 0
 
 
