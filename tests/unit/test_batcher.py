@@ -765,6 +765,31 @@ def test_it_keeps_half_of_its_speed_beside_batches_that_cannot_be_short(think: f
     assert answers([honest, *LONG_FLOODS[flood]], small)[0] >= 0.48 * alone
 
 
+@pytest.mark.parametrize(
+    "flood", [[Client("flood", PREFILL, 512)] * 8, LONG_FLOODS["large stateless requests"]]
+)
+def test_drafts_wait_for_no_longer_chunks_and_parts_than_single_tokens(flood: list[Client]):
+    single, drafts = (Client("honest", tokens=tokens, think=0.02) for tokens in (1, 8))
+    kept = [answers([one, *flood], small)[0] / answers([one], small)[0] for one in (single, drafts)]
+    assert kept[1] >= 0.9 * kept[0]
+
+
+def test_drafts_do_not_wait_for_each_other():
+    drafts = [Client(f"p{number}", tokens=8, think=0.02) for number in range(4)]
+    done = answers(drafts, small)
+    cycle = 0.02 + 0.008 + 4 * 8 * 0.003  # all four in one batch, without a rest after it
+    assert min(done) >= 0.9 * 8.0 / cycle
+    assert max(done) - min(done) <= 2
+
+
+def test_drafts_leave_others_their_speed_and_are_not_starved():
+    honest = Client("honest", think=0.02)
+    alone = answers([honest], small)[0]
+    beside = answers([honest, *(Client("drafts", tokens=8, think=0.02),) * 3], small)
+    assert beside[0] >= 0.48 * alone
+    assert min(beside[1:]) >= 0.2 * answers([Client("drafts", tokens=8, think=0.02)], small)[0]
+
+
 @pytest.mark.parametrize("think", [0.015, 0.020, 0.040])
 def test_a_peer_with_one_session_keeps_half_of_its_speed_where_rows_cost_next_to_nothing(think: float):
     honest = Client("honest", think=think)

@@ -17,13 +17,15 @@ class ActivePeer:
     """A peer that has jobs, or had one a moment ago.
 
     last_active_at: when a job of it was last submitted or run; last_short_decode_at: the same of short
-    decode steps.  compute_seconds: seconds of compute that it has used; newcomers begin at the smallest
-    figure of the others.  passed_over: batches of each kind since its last one.
+    decode steps; last_drafts_at: of decode steps of several tokens, as those that verify drafts.
+    compute_seconds: seconds of compute that it has used; newcomers begin at the smallest figure of the
+    others.  passed_over: batches of each kind since its last one.
     """
 
     last_active_at: float
     compute_seconds: float = 0.0
     last_short_decode_at: float = -math.inf
+    last_drafts_at: float = -math.inf
     passed_over: Counter[Kind] = field(default_factory=Counter)
 
 
@@ -77,10 +79,25 @@ class ActivePeers:
         since = now - self.recently_active_seconds
         return {name for name, peer in self.by_name.items() if peer.last_short_decode_at > since}
 
-    def last_short_decoder_leaves_at(self) -> float:
-        """From when on `short_decoders` has no peer, unless one decodes again."""
-        last = max((peer.last_short_decode_at for peer in self.by_name.values()), default=-math.inf)
-        return last + self.recently_active_seconds + 1e-3  # more than rounding takes
+    def decoders(self, now: float) -> set[str]:
+        """These peers, and those whose steps have drafts: no long prompt makes them wait either."""
+        since = now - self.recently_active_seconds
+        return {
+            name
+            for name, peer in self.by_name.items()
+            if peer.last_short_decode_at > since or peer.last_drafts_at > since
+        }
+
+    def decoders_leave_at(self, now: float) -> float:
+        """The next moment from which on `short_decoders` or `decoders` has no peer, unless one decodes again.
+
+        Infinity where both have none now.
+        """
+        short = max((peer.last_short_decode_at for peer in self.by_name.values()), default=-math.inf)
+        drafts = max((peer.last_drafts_at for peer in self.by_name.values()), default=-math.inf)
+        later = self.recently_active_seconds + 1e-3  # more than rounding takes
+        ends = (short + later, max(short, drafts) + later)
+        return min((end for end in ends if end > now), default=math.inf)
 
     def forget(self, now: float, waiting_of: Callable[[str], int]) -> None:
         """Forget the peers that have gone.  waiting_of: jobs of a peer that wait or run."""

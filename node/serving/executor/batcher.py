@@ -90,6 +90,7 @@ class Batcher:
         rest; of chunks and
         stateless requests the peer with the least compute runs next, and no peer is passed over more than a
         few times;
+      * a peer whose steps have drafts waits for no longer chunks or parts than one with single tokens;
       * while other peers are active a batch is short: beyond one step of each peer, decode steps join
         only while the batch takes `joint_slowdown` times as long as one row (`absent_slowdown` times
         if an active peer has no part in it); and if a peer decodes, a chunk takes
@@ -172,7 +173,7 @@ class Batcher:
         if not self._queues.jobs or self._running is not None:
             return math.inf
         cooled, rested = (
-            min(self._cool_down_until, self._peers.last_short_decoder_leaves_at()),
+            min(self._cool_down_until, self._peers.decoders_leave_at(now)),
             self._crowds.resume_at(now),
         )
         return min(cooled, rested) if cooled > now else rested
@@ -187,13 +188,15 @@ class Batcher:
             self._check_seconds(job, now)
         queues.add(job, self._running or ())
         short_decode = job.kind is Kind.DECODE and not self.costs.is_long(job)
-        self._peers.touch(job.peer, now, short_decode=short_decode)
+        peer = self._peers.touch(job.peer, now, short_decode=short_decode)
         if (known := self.parties.by_name.get(party)) is not None:
             known.last_active_at = now  # as `touch` does, in no call
             if short_decode:
                 known.last_short_decode_at = now
         else:
-            self.parties.touch(party, now, short_decode=short_decode)
+            known = self.parties.touch(party, now, short_decode=short_decode)
+        if job.tokens > 1 and job.kind is Kind.DECODE:
+            peer.last_drafts_at = known.last_drafts_at = now
         if newcomer:
             self._peers.charge_as_newcomer(job.peer)
         if new_party:
@@ -251,6 +254,8 @@ class Batcher:
                 rest = seconds * self.policy.rest(job.kind)
                 self._cool_down_until = max(self._cool_down_until, now + rest)
             peer = self._peers.touch(job.peer, now, short_decode=job.kind is Kind.DECODE and not long)
+            if job.tokens > 1 and job.kind is Kind.DECODE:
+                peer.last_drafts_at = now
             peer.compute_seconds += seconds * share
             if (party := self.parties.by_name.get(job.prefix or job.peer)) is not None:
                 party.last_active_at = now
@@ -393,7 +398,7 @@ class Batcher:
         """Tokens a row of a prefill's next piece."""
         policy, positions = self.policy, self.policy.chunk_positions
         # The same for all peers with prefills: else a peer with short chunks would never catch up.
-        decoders = self._crowds.waited_for(job, self._peers.short_decoders(now))
+        decoders = self._crowds.waited_for(job, self._peers.decoders(now))
         others = self._crowds.waited_for(job, self._queues.lanes[Kind.PREFILL].keys() - {job.peer})
         if decoders and (others or decoders - {job.peer}):
             # A peer that misses a decode batch waits for this chunk and for the next batch: both count.
@@ -409,9 +414,12 @@ class Batcher:
 
     def _held_back(self, job: Job, now: float) -> bool:
         """Whether a job must wait for the cool-down after a long batch, or a chunk for the rest of crowds."""
-        cools = now < self._cool_down_until and self.costs.is_long(job)
-        if cools and self._crowds.waited_for(job, self._peers.short_decoders(now)) - {job.peer}:
-            return True
+        if now < self._cool_down_until and self.costs.is_long(job):
+            # Drafts wait for single tokens, and not for each other.
+            peers = self._peers
+            decoders = peers.short_decoders(now) if job.kind is Kind.DECODE else peers.decoders(now)
+            if self._crowds.waited_for(job, decoders) - {job.peer}:
+                return True
         return job.kind is Kind.PREFILL and job.prefix in self._crowds.resting(job.kind, now)
 
     def _look_at_clock(self, now: float) -> None:
@@ -427,7 +435,7 @@ class Batcher:
         """Raise Refused, TooManyStreams where a stateless request would take, or wait for, too long."""
         most = self.limits.max_compute_seconds
         own = self.costs.stateless_seconds(job)
-        others = self._crowds.waited_for(job, self._peers.short_decoders(now)) - {job.peer}
+        others = self._crowds.waited_for(job, self._peers.decoders(now)) - {job.peer}
         rest = self.policy.stateless_rest if others and self.costs.is_long(job) else 0.0
         rested = (1 + rest) * own
         if rested > most and job.rows * job.tokens > SPLIT_POSITIONS:

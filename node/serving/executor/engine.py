@@ -272,9 +272,9 @@ class Engine:
         return round(self.waits.queue(self._clock()), 2)
 
     def others_decode(self, party: str) -> bool:
-        """Whether a prefix other than this one, or a peer without one, runs short decode steps now."""
+        """Whether a prefix other than this one, or a peer without one, runs short decode steps or drafts."""
         with self._lock:
-            return bool(self.batcher.parties.short_decoders(self._clock()) - {party})
+            return bool(self.batcher.parties.decoders(self._clock()) - {party})
 
     async def run(self) -> None:
         """Compute the queued jobs, until cancelled.  An exception that escapes is our bug."""
