@@ -39,7 +39,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.compute.shapes import read_bytes_per_second, shape_folder, timed  # noqa: E402
+from benchmarks.compute.memory_reader import MemoryReader  # noqa: E402
+from benchmarks.compute.shapes import shape_folder, timed  # noqa: E402
 from node.config import LLM_INT8  # noqa: E402
 from node.devices import (  # noqa: E402
     find_device,
@@ -236,7 +237,7 @@ def env(check: Check) -> None:
     with check.tried("kernels"):
         usable = bool(kernels().usable(torch.device(check.device)))
         check.expect("Triton's kernels can be used", usable or not check.cuda, usable=usable)
-    rate = read_bytes_per_second(check.device, 1 << 22 if check.small else None)
+    rate = MemoryReader(check.device, 1 << 22 if check.small else None).bytes_per_second()
     check.say("read", tb_per_s=rate / 1e12)
 
 
@@ -356,7 +357,7 @@ def speed(check: Check) -> None:
     """Decode steps and prefills next to the floor; of 32 blocks a step takes four times as long."""
     blocks, rate = (
         (2 if check.small else 8),
-        read_bytes_per_second(check.device, 1 << 22 if check.small else None),
+        MemoryReader(check.device, 1 << 22 if check.small else None).bytes_per_second(),
     )
     for quantize in ("int8", "none", "nf4"):
         with check.tried(quantize):

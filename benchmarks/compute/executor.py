@@ -8,10 +8,10 @@
 Each row is measured in turn with the whole model in the library (`generate`, greedy, one stream,
 float32), so that a noisy machine is noisy for both.  Nothing here imports libp2p.
 
-`share_of_floor` is the time in which the machine reads the weights once (`floor_ms`, by the rate at which
-this run read memory), divided by the time of a step.  With `--tensor-parallel` they are the weights of one
-device, which all read at once.  With `--contexts` the sessions have caches of these
-lengths, filled with zeros: what is in them takes no time.
+`share_of_floor` is the time in which the machine reads the weights once (`floor_ms`, by `read_gb_per_s`, the
+rate at which the same rounds read memory with the same threads), divided by the time of a step.  With
+`--tensor-parallel` they are the weights of one device, which all read at once.  With `--contexts` the
+sessions have caches of these lengths, filled with zeros: what is in them takes no time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from benchmarks.compute.shapes import SHAPES, read_bytes_per_second, shape_folder
+from benchmarks.compute.memory_reader import MemoryReader
+from benchmarks.compute.shapes import SHAPES, shape_folder
 from benchmarks.compute.shapes import timed as timed_on
 from benchmarks.lib.results import Run
 from node.config import QUANTIZE_CHOICES, ConfigError, config_errors
@@ -67,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     try:
         with open_placement(flags) as placement:
-            rate = read_bytes_per_second(placement.device, 1 << 24 if flags.small else None)
-            print(f"{placement.device} reads {rate / 1e9:.1f} GB/s", flush=True)
+            reader = MemoryReader(placement.device, 1 << 24 if flags.small else None, flags.threads)
+            print(f"{placement.device} reads {reader.bytes_per_second() / 1e9:.1f} GB/s", flush=True)
             for shape in flags.shapes or [None]:
                 if shape is None:
                     folder = resolve(flags.model, cache_dir=cache_dir())
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     folder = shape_folder(shape, flags.shape_blocks, placement.device)
                 for dtype in flags.dtype:
                     for quantize in flags.quantize:
-                        rows += measure(flags, placement, folder, dtype, quantize, rate)
+                        rows += measure(flags, placement, folder, dtype, quantize, reader)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -168,9 +169,14 @@ def open_placement(flags: argparse.Namespace) -> Iterator[Placement]:
 
 
 def measure(
-    flags: argparse.Namespace, placement: Placement, folder: Any, dtype: str, quantize: str, rate: float
+    flags: argparse.Namespace,
+    placement: Placement,
+    folder: Any,
+    dtype: str,
+    quantize: str,
+    reader: MemoryReader,
 ) -> list[dict[str, Any]]:
-    """The rows for one way to keep the weights.  folder: the model's.  rate: bytes read in a second."""
+    """The rows for one way to keep the weights.  folder: the model's."""
     from node.model.checkpoint.info import read_info
     from node.serving.memory import Precision
 
@@ -197,10 +203,10 @@ def measure(
                 "threads": flags.threads,
                 "blocks": [start, stop],
                 "fused": span.fused,
-                **figures(flags, placement.device, run, reference),
-                **floor(span, run, rate),
+                **figures(flags, placement.device, run, reference, reader),
                 "resident_growth_mib": (psutil.Process().memory_info().rss - before) / 2**20,
             }
+            row |= floor(span, run, row["read_gb_per_s"] * 1e9)
             row["share_of_floor"] = row["floor_ms"] / row["ms_per_step"]
             run.close()
             del run
@@ -216,15 +222,20 @@ def fits(span: Any, sessions: int, length: int, free: int) -> bool:  # Any: torc
 
 
 def figures(
-    flags: argparse.Namespace, device: str, run: Sessions, reference: Callable[[], float] | None
+    flags: argparse.Namespace,
+    device: str,
+    run: Sessions,
+    reference: Callable[[], float] | None,
+    reader: MemoryReader,
 ) -> dict[str, Any]:
     """What the rounds say: medians.  device: the first one."""
-    batched, single, alone = [], [], []
+    batched, single, alone, rates = [], [], [], []
     plain = run.context is None  # sessions that were filled by their prompts
     reset_peak(device)
     first = run.decode(1)
     run.decode(2)
     for _ in range(flags.rounds):
+        rates.append(reader.bytes_per_second())
         if reference is not None:
             alone.append(reference())
         run.restart()
@@ -235,6 +246,7 @@ def figures(
     step = statistics.median(batched)
     rate = statistics.median(alone) if alone else None
     return {
+        "read_gb_per_s": statistics.median(rates) / 1e9,
         "tokens_per_s": run.count / step,
         "one_by_one_tokens_per_s": 1 / statistics.median(single) if single else None,
         "reference_tokens_per_s": rate,
@@ -250,11 +262,13 @@ def figures(
 
 
 def floor(span: Any, run: Sessions, rate: float) -> dict[str, Any]:  # Any: torch is not imported yet
-    """The least time of a step: what reads the weights once, and what reads the caches too."""
+    """The least time of a step: what reads the weights once, and what reads the caches too.
+
+    rate: bytes read in a second.
+    """
     weights = span.nbytes
     return {
         "weights_mib": weights / 2**20,
-        "read_gb_per_s": rate / 1e9,
         "floor_ms": weights / rate * 1e3,
         "floor_with_cache_ms": (weights + run.cache_bytes()) / rate * 1e3,
     }

@@ -7,19 +7,18 @@ by the rate at which the same machine reads memory, measured in the same run.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from node.devices import has_own_memory, synchronize
+from node.devices import synchronize
 
 if TYPE_CHECKING:
     from node.model.checkpoint.folder import ModelFolder
 
-READ_BYTES = {True: 1 << 32, False: 1 << 28}  # of a GPU, of a CPU: far beyond the caches of both
+
 VOCABULARY = 256  # the ends are not measured
 
 
@@ -106,27 +105,6 @@ def save_random(path: Path, config: dict[str, Any], device: str) -> None:
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config, indent=1))
-
-
-def read_bytes_per_second(device: str, size: int | None = None) -> float:
-    """The rate at which the device reads its memory: the best way of two, each the median of seven times.
-
-    size: of the memory that is read, in bytes.
-    """
-    import torch
-
-    count = (READ_BYTES[has_own_memory(device)] if size is None else size) // 4
-    whole = torch.ones(count, device=device)
-    copied = torch.empty_like(whole[: count // 2])
-    ways: list[tuple[int, Callable[[], object]]] = [
-        (4 * count, whole.sum),
-        (4 * count, lambda: copied.copy_(whole[: count // 2])),  # reads and writes
-    ]
-    found = []
-    for moved, work in ways:
-        seconds = [timed(work, device) for _ in range(8)]
-        found.append(moved / statistics.median(seconds[1:]))
-    return max(found)
 
 
 def timed(work: Callable[[], object], device: object) -> float:

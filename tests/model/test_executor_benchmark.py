@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compute import executor, shapes
+from benchmarks.compute.memory_reader import MemoryReader
 from node.model.checkpoint.info import read_info
 
 
@@ -95,5 +96,10 @@ def test_a_folder_of_random_weights_is_a_model_and_is_made_once(name, monkeypatc
     assert shapes.shape_folder(name).revision == folder.revision
 
 
-def test_memory_is_read_at_a_rate():
-    assert 1e8 < shapes.read_bytes_per_second("cpu", 1 << 22) < 1e13
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_is_read_at_a_rate_with_as_many_threads_as_a_step_has(threads, monkeypatch):
+    reader = MemoryReader("cpu", 1 << 22, threads)
+    assert 1e8 < reader.bytes_per_second() < 1e13
+    moments = iter(range(0, 1600, 1))
+    monkeypatch.setattr("benchmarks.compute.shapes.time.perf_counter", lambda: next(moments))
+    assert reader.bytes_per_second() == 1 << 22, "a reading of all bytes took a second"

@@ -11,7 +11,7 @@ def executor_block(figures: Figures) -> str:
     """Sessions in one batch and one by one, by the kind of weights."""
     runs = figures["executor"]
     head = [
-        "sessions", "tokens/s", "one by one", "x the library's", "ms a step", "of it Python",
+        "sessions", "tokens/s", "one by one", "x the library's", "ms a step", "of the floor", "of it Python",
         "prefill tokens/s",
     ]  # fmt: skip
     rows = [
@@ -23,6 +23,7 @@ def executor_block(figures: Figures) -> str:
                 f"{run['one_by_one_tokens_per_s']:.1f}",
                 f"{run['share_of_reference']:.1f}",
                 f"{run['ms_per_step']:.1f}",
+                f"{run['share_of_floor']:.2f}",
                 f"{100 * run['python_share']:.0f} %",
                 f"{run['prefill_tokens_per_s']:.0f}",
             ],

@@ -341,11 +341,9 @@ def move_weights(layer: nn.Module, join: Join) -> None:
 
     Layers of other kinds than `merge_linears` takes stay as they are.
     """
-    if not cast(Tensor, layer.weight).is_cpu:
-        return
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, PackedLinear) and layer.weight.is_cpu:
         layer.keep(join([layer.weight]), layer.scale)
-    elif type(layer) is nn.Linear and not layer.weight.requires_grad:
+    elif type(layer) is nn.Linear and layer.weight.is_cpu and not layer.weight.requires_grad:
         layer.weight = nn.Parameter(join([layer.weight.detach()]), requires_grad=False)
 
 
