@@ -239,6 +239,7 @@ def test_a_step_that_fails_leaves_the_cache_where_it_was(llama, monkeypatch):
     span.forward(hidden, cache, 0)
     span.forward(hidden, other, 0)
     with monkeypatch.context() as patch:
+        patch.setattr(span._fused, "_compiled_for", lambda rows: False)
         patch.setattr(span._fused.blocks[2].down, "forward", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             span.forward(torch.randn(1, 2, 32), cache, 5)
@@ -286,10 +287,9 @@ def test_weights_of_the_files_dtype_are_not_copied(llama):
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     mapped = [m for m in maps if len(m) > 5 and m[5].endswith(".safetensors")]
     ranges = [tuple(int(edge, 16) for edge in m[0].split("-")) for m in mapped]
-    merged = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}  # fused blocks lay these side by side
     for name, parameter in span.model.named_parameters():
         inside = any(low <= parameter.data_ptr() < high for low, high in ranges)
-        assert inside != bool(merged.intersection(name.split(".")))
+        assert inside != ("_proj" in name)  # fused blocks lay the matrices one after the other
 
 
 def test_a_checkpoint_of_the_base_model_alone_is_read_without_its_prefix(tmp_path):

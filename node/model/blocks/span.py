@@ -597,7 +597,7 @@ def load_span(
     quantize: "none", "int8" or "nf4"; a folder that was prepared in int8 is read as it is.  dtype: of
     tensors that are not quantised.  A CPU without bfloat16 arithmetic keeps matrices in bfloat16 and
     computes in float32, so `Span.dtype` may differ (see `packing_for`). On the CPU, weights whose file has
-    `dtype` stay mapped from the file.
+    `dtype` stay mapped from the file, but for the matrices of fused blocks.
     group: the ranks that compute each block together, of which this process has a part; None: all of it.
     """
     device = torch.device(device)
