@@ -50,9 +50,12 @@ class CountedReader(Protocol):
     def hold(self, size: int) -> None:
         """Say how many of the bytes received are still held."""
 
+    def send_now(self, data: bytes) -> bool:
+        """Send all of a short message if that needs no waiting at all; False if nothing was done."""
+
 
 class PlainReader:
-    """The reading side of one of trio's own streams, where nothing is counted."""
+    """What muxed streams can do, for one of trio's own streams, where nothing is counted."""
 
     def __init__(self, stream: ByteStream) -> None:
         self.turns = Turns()
@@ -65,6 +68,10 @@ class PlainReader:
 
     def hold(self, size: int) -> None:
         """See CountedReader."""
+
+    def send_now(self, data: bytes) -> bool:
+        """See CountedReader."""
+        return False
 
 
 @dataclass(slots=True)
@@ -115,8 +122,6 @@ class FramedStream:
         self._refusal: Refused | None = None  # to be raised after the frame that has begun
         self._receiving = False
         self._sending = trio.Lock()
-        # an ability of muxed streams, and not of trio's streams
-        self._send_now: Callable[[bytes], bool] | None = getattr(stream, "send_now", None)
         self._reader: CountedReader = (
             cast(CountedReader, stream) if hasattr(stream, "receive_held") else PlainReader(stream)
         )
@@ -167,7 +172,7 @@ class FramedStream:
         data = encode_frame(frame, self._limits.max_frame_bytes)
         del frame  # a slow peer has us hold the joined bytes alone
         self._traffic.sent += len(data) - PREFIX_BYTES
-        if self._send_now is not None and not self._sending.locked() and self._send_now(data):
+        if not self._sending.locked() and self._reader.send_now(data):
             await trio.lowlevel.checkpoint_if_cancelled()
             return
         limits = self._limits
@@ -187,11 +192,11 @@ class FramedStream:
 
     def send_now(self, frame: Buffer | Sequence[Buffer]) -> bool:
         """Send one frame where that needs no waiting; False where nothing was done."""
-        if self._send_now is None or self._sending.locked():
+        if self._sending.locked():
             return False
         data = encode_frame(frame, self._limits.max_frame_bytes)
         try:
-            if not self._send_now(data):
+            if not self._reader.send_now(data):
                 return False
         except PeerGone:  # `send` raises it
             return False

@@ -50,6 +50,7 @@ from tensor_codec.messages.contract import OUTLIER_CODEC, Contract, StepRange
 
 IDLE_MEASURE_SECONDS = 0.1  # for measuring again how fast an idle node is
 MAX_MEASURED_STEP_SECONDS = 0.5  # a slower step is not measured again
+_NUMBERS = itertools.count()  # of jobs
 MAX_PART_SECONDS = 0.5  # of a part of a stateless request, by the rate of those that ran
 
 
@@ -263,7 +264,6 @@ class Engine:
         self._lock = threading.Lock()  # around the batcher: the torch thread takes batches from it
         self._works: dict[int, _Work] = {}
         self._chores: list[Callable[[], None]] = []
-        self._numbers = itertools.count()
         self._wanted = trio.Event()
 
     @property
@@ -327,7 +327,7 @@ class Engine:
         kind = Kind.DECODE if joins and prompts is None else Kind.PREFILL
         now = self._clock()
         job = Job(
-            next(self._numbers), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
+            next(_NUMBERS), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
             now + self.limits.step_wait_seconds,
             prefix=prefix if self.limits.peer_shares is None else self.limits.prefix_of(peer, prefix),
         )  # fmt: skip
@@ -359,7 +359,7 @@ class Engine:
         now, limits = self._clock(), self.limits
         peer, prefix = owner.peer, owner.prefix
         job = Job(
-            next(self._numbers), peer, Kind.DECODE, contract.batch, 1, contract.start, contract.stop,
+            next(_NUMBERS), peer, Kind.DECODE, contract.batch, 1, contract.start, contract.stop,
             now + limits.step_wait_seconds,
             prefix=prefix if limits.peer_shares is None else limits.prefix_of(peer, prefix),
         )  # fmt: skip
@@ -404,7 +404,7 @@ class Engine:
         """
         start, stop = min(start for start, _ in parts), max(stop for _, stop in parts)
         job = Job(
-            next(self._numbers), peer, Kind.STATELESS, rows, tokens, start, stop, parts=tuple(parts),
+            next(_NUMBERS), peer, Kind.STATELESS, rows, tokens, start, stop, parts=tuple(parts),
             prefix=self.limits.prefix_of(peer, prefix),
         )  # fmt: skip
         if adapter is not None:
