@@ -122,10 +122,10 @@ class NodeConfig:
     blocks: the blocks to serve, a `Blocks` or any pair (start, stop); num_blocks: their number alone, placed
     where the swarm needs them most; neither: as many as fit.  device: one name, or several
     ("cuda:0,cuda:1") that have the blocks one after the other.  tensor_parallel: the number of devices that
-    divide each block among them.  threads: of torch; None: the cores divided by
-    the servers on this machine.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept
-    for replays; None for as many as the caches hold.  codec: "auto": hidden states may lose a little on their
-    way, where a client asks for it and a link is slow; "exact": never here.  balance: unless `blocks` is
+    divide each block among them.  threads: of torch; None: the cores divided by the servers on this machine,
+    which come and go.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept for replays;
+    None for as many as the caches hold.  codec: "auto": hidden states may lose a little on their way, where a
+    client asks for it and a link is slow; "exact": never here.  balance: unless `blocks` is
     given.  adapters: at most four.  Raises ConfigError for a value of another kind or out of range.
     """
 

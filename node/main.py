@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -47,6 +48,15 @@ from node.runtime.watermarks import Guard
 from node.serving import memory
 from node.serving.balancer import Balancer, by_capacity
 from node.serving.memory import Precision
+from node.serving.placement.thread_share import (
+    NOBODY,
+    Presence,
+    ThreadShare,
+    cores_of_this_process,
+    follow,
+    presence,
+    threads_at_start,
+)
 from routing.blocks import Blocks
 from routing.names import PeerId
 from routing.placement.rebalance import choose_blocks
@@ -87,13 +97,14 @@ REACH_SECONDS = 20.0  # for peers to dial back, and for a relay to be found, whe
 async def serve(config: NodeConfig) -> None:
     """Serve a span until SIGINT or SIGTERM, then leave politely.  Raises ConfigError."""
     async with stopped_by_signals() as stopping, open_compute_thread() as compute:
-        # Two threads that import at once only slow each other down: torch first, then the network.
-        await compute.run(_prepare_torch, _threads(config))
-        await _serve(config, compute, stopping)
+        with presence(_cache_dir()) as present:
+            # Two threads that import at once only slow each other down: torch first, then the network.
+            await compute.run(_prepare_torch, _threads(config, present))
+            await _serve(config, compute, stopping, present)
 
 
-async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> None:
-    """Take part in the network until a signal.  Raises ConfigError."""
+async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping, present: Presence = NOBODY) -> None:
+    """Take part in the network until a signal.  present: nodes on this machine.  Raises ConfigError."""
     from node.serving.placement.ranks import open_placement
 
     async with open_node(config.network, "serve") as node, background_nursery() as nursery:
@@ -103,6 +114,9 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping) -> Non
         await compute.run(_prepare_library, folder)
         devices, dtype, threads = await compute.run(_devices_and_dtype, config)
         model = Model(folder, info, dtype, threads)
+        if config.threads is None and config.tensor_parallel == 1:  # ranks keep theirs
+            share = ThreadShare(cores_of_this_process(), threads)
+            nursery.start_soon(follow, share, present, partial(_use_threads, compute))
         dividing = open_placement(
             devices, folder, compute, ranks=config.tensor_parallel, threads=threads, on_lost=stopping.lose
         )
@@ -303,7 +317,7 @@ async def find_setup(
     of_each = "" if placement.team is None else f"on each of {len(placement.devices)} devices: "
     log.info("%s%s", of_each, memory.in_one_line(bound, info, blocks.size, cache_tokens, room.free_bytes))
     setup = ServingSetup(
-        model.folder, model.info, config.network.name, placement, precision, threads, cache_tokens,
+        model.folder, model.info, config.network.name, placement, precision, cache_tokens,
         journal_tokens, limits, partial(node.open_stream, protocol=PUSH_PROTOCOL), node.host.faults, training,
         bound, _open_desk(node, model.info, placement, bound, own), meters or ServingMeters(),
     )  # fmt: skip
@@ -527,11 +541,34 @@ def _prepare_library(folder: ModelFolder) -> None:
             import transformers.modeling_utils  # noqa: F401
 
 
-def _threads(config: NodeConfig) -> int:
+def _cache_dir() -> Path | None:
+    """The user's cache; None where the home folder is not known, which whoever needs it will say."""
+    from node.model.checkpoint.source import cache_dir
+
+    try:
+        return cache_dir()
+    except ConfigError:
+        return None
+
+
+async def _use_threads(compute: Runner, threads: int, nodes: int) -> None:
+    """Compute with so many threads from the next batch on."""
+    import torch
+
+    await compute.run(torch.set_num_threads, threads)
+    torch.set_num_threads(threads)  # torch asks the calling thread, and a step may be computed in this one
+    many = nodes > 1
+    log.info(
+        "%d thread%s from now on: %d node%s serve%s on this machine",
+        threads, "s" * (threads > 1), nodes, "s" * many, "" if many else "s",
+    )  # fmt: skip
+
+
+def _threads(config: NodeConfig, present: Presence) -> int:
     """Of torch in this process: ranks on a CPU divide the node's cores among them."""
     if config.threads is not None:
         return config.threads
-    return max(1, memory.threads_for_this_node() // config.tensor_parallel)
+    return max(1, threads_at_start(present) // config.tensor_parallel)
 
 
 def _devices_and_dtype(config: NodeConfig) -> tuple[tuple[str, ...], str, int]:

@@ -72,22 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(llama, str):
             print(f"llama.cpp is skipped: {llama}", file=sys.stderr)
             rows = [row for row in rows if row.program != LLAMA]
-        run = Run()
+        run, found = Run(), []
+        about = {
+            "model": flags.model or "built-in",
+            "prompt_tokens": flags.prompt_tokens,
+            "tokens": flags.tokens,
+            "llama_cpp": llama if isinstance(llama, str) else VERSION,
+        }
         setting = Setting(flags, folder, info.blocks, llama, Path(logs))
         try:
-            found = [row for group in groups(rows, flags.together) for row in measure(setting, group)]
+            for group in groups(rows, flags.together):
+                found += measure(setting, group)
+                run.write(flags.json, [row | about for row in found])  # an interrupted run keeps these
         except (ProcessError, NotBuilt) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    about = {
-        "model": flags.model or "built-in",
-        "prompt_tokens": flags.prompt_tokens,
-        "tokens": flags.tokens,
-        "llama_cpp": llama if isinstance(llama, str) else VERSION,
-    }
     if found:
         print("\n".join(summary(found)))
-    run.write(flags.json, [row | about for row in found])
     return 0
 
 

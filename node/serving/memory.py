@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import psutil
 
@@ -32,7 +29,6 @@ MAX_CACHE_TOKENS = 65_536  # on a CPU more only for a peer's share as long as th
 GPU_RESERVE_BYTES = 1024 * MIB
 GPU_RESERVE_SHARE = 0.05
 CUBLAS_BYTES = 2 * 32 * MIB  # its workspace on Hopper, for the stream of the steps and for that of recordings
-DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "prepare", "new-swarm-key"}
 
 MAX_TRAINING_BYTES = (
     4096 * MIB
@@ -170,28 +166,6 @@ def free_bytes(device: str = "cpu") -> int:
 def free_for_training(device: str = "cpu") -> int:
     """Memory that the activations of a backward may take now, in bytes: a share of the free memory."""
     return int(TRAINING_SHARE * free_bytes(device))
-
-
-def servers_on_this_machine() -> int:
-    """Running `python -m node` processes that serve blocks, this one included."""
-    found = sum(serves_blocks(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
-    return max(found, 1)
-
-
-def serves_blocks(words: Sequence[str]) -> bool:
-    """Whether this command line runs a serving node; a program that started one does not count."""
-    if not words or not Path(words[0]).name.startswith("python") or "-m" not in words:
-        return False
-    after = words[words.index("-m") + 1 :]
-    return after[:1] == ["node"] and not DIRECTORY_COMMANDS.intersection(after[1:2])
-
-
-def threads_for_this_node() -> int:
-    """The cores that this process may use, divided by the servers on this machine; at least 1.
-
-    Two OpenMP threads lose five to twenty times their speed when another process takes a core.
-    """
-    return max(1, len(os.sched_getaffinity(0)) // servers_on_this_machine())
 
 
 def process_bytes() -> int:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 import trio
 
 from node.config import VERSION, ConfigError
@@ -78,7 +79,6 @@ class ServingSetup:
     name: str
     placement: Placement
     precision: Precision
-    threads: int
     cache_tokens: int
     journal_tokens: int | None
     limits: Limits
@@ -288,7 +288,8 @@ async def load_served_span(
         del first, others
     else:
         span = await compute.run(_load_span, setup, blocks)
-    file, key = setup.placement.kept_rates(setup.info.revision, setup.precision, setup.threads)
+    threads = await compute.run(torch.get_num_threads)  # changes with the nodes on the machine
+    file, key = setup.placement.kept_rates(setup.info.revision, setup.precision, threads)
     rates = await compute.run(rates_at_start, span, file, key)
     limits = setup.limits
     engine = Engine(span, compute, rates, limits, meters=setup.meters, policy=policy_for(setup.device))

@@ -109,7 +109,7 @@ class FakeSetup(ServingSetup):
 def setup_with(memory: FakeMemory) -> FakeSetup:
     return FakeSetup(
         folder=cast(ModelFolder, None),  # nothing is read
-        info=INFO, name="name", placement=Placement(("cpu",)), precision=Precision("float32"), threads=1,
+        info=INFO, name="name", placement=Placement(("cpu",)), precision=Precision("float32"),
         cache_tokens=10**6, journal_tokens=None, limits=LIMITS, open_push=nowhere, faults=Faults(),
         memory=memory,
     )  # fmt: skip

@@ -25,32 +25,6 @@ def model(blocks: int = 10) -> ModelInfo:
     return ModelInfo(ModelId("m"), Revision("r"), "llama", blocks, 64, 96, 2048, values, 256, 0, values, rows)
 
 
-@pytest.mark.parametrize(
-    ("words", "serves"),
-    [
-        (["python", "-m", "node"], True),
-        (["/usr/bin/python3.11", "-X", "dev", "-m", "node", "some/model", "--blocks", "0:2"], True),
-        (["python", "-m", "node", "bootstrap"], False),
-        (["python", "-m", "node", "status", "--peers", "x"], False),
-        (["python", "-m", "node", "prepare", "m", "out"], False),
-        (["python", "-m", "node", "--name", "status"], True),
-        (["timeout", "40", "python", "-m", "node"], False),
-        (["python", "-m", "client", "generate"], False),
-        (["python", "-m"], False),
-        ([], False),
-    ],
-)
-def test_a_serving_node_is_known_by_its_command_line(words, serves):
-    assert memory.serves_blocks(words) is serves
-
-
-def test_cores_are_divided_by_the_servers_on_the_machine(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    for servers, threads in ((1, 8), (3, 2), (9, 1)):
-        monkeypatch.setattr(memory, "servers_on_this_machine", lambda servers=servers: servers)
-        assert memory.threads_for_this_node() == threads
-
-
 def test_as_many_blocks_fit_as_their_weights_caches_and_workspace_leave_room_for():
     # 2,048 cache tokens of 1 KiB make 2 MiB a block beside its 1 MiB; 80 % of the memory is used
     room = memory.workspace_bytes(model(), PLAIN, 2048)
