@@ -157,12 +157,23 @@ def test_rows_beyond_a_panel_are_computed_too():
 
 
 def test_long_rows_of_the_largest_numbers_do_not_overflow():
-    width = 3 * kernels.EXACT_VECTORS * 2 * kernels.LANES + 77
+    width = 3 * kernels.EXACT_NUMBERS + 77
     weight = torch.full((5, width), CODES, dtype=torch.int8)
     x = torch.ones(3, width) * torch.tensor([[1.0], [-1.0], [1e-3]])
     got = kernels.Rows(weight, torch.ones(5), None)(x)
     expected, _ = exact(x, weight, torch.ones(5), None)
     assert ((got - expected).abs() <= 1e-4 * expected.abs()).all()
+
+
+@pytest.mark.skipif(not kernels.INTEGERS, reason="rows are not rounded to integers here")
+@pytest.mark.parametrize("width", [1, 31, 576, kernels.EXACT_NUMBERS + 5, 5632])
+def test_a_sum_of_integers_is_exact_and_rounded_once(width):
+    weight = torch.randint(-CODES, CODES + 1, (9, width), dtype=torch.int8, generator=seeded(7))
+    codes = torch.randint(-32767, 32768, (4, width), generator=seeded(8))
+    codes[:, 0] = 32767  # so that the scale is 1
+    got = kernels.Rows(weight, torch.ones(9), None)(codes.float())
+    scale = torch.tensor(32767.0) * torch.tensor(1 / 32767)
+    assert torch.equal(got, (codes.double() @ weight.double().T).float() * scale)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.bfloat16])

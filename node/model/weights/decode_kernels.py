@@ -233,9 +233,10 @@ def _updated(updates: Any, block: Any, site: Any, x: Any, out: Any, first: Any, 
             raise MemoryError
 
 
-@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=_FAST, error_model="numpy")  # type: ignore[untyped-decorator]
 def _gated(gate_up: Any, out: Any) -> None:
     """out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner]."""
+    # numpy's rules for a division by zero, which does not occur: to raise would make no vectors.
     inner = out.shape[1]
     powers = np.empty(inner, np.float32)
     for row in range(out.shape[0]):
@@ -244,8 +245,9 @@ def _gated(gate_up: Any, out: Any) -> None:
             powers[i] = -abs(gate[i])
         _exp_in_place(powers)
         for i in range(inner):
-            above = _f(1) if gate[i] >= 0 else powers[i]
-            result[i] = gate[i] * above / (_f(1) + powers[i]) * up[i]
+            power = powers[i]
+            above = _f(1) if gate[i] >= 0 else power
+            result[i] = gate[i] * above / (_f(1) + power) * up[i]
 
 
 @cache

@@ -7,7 +7,7 @@ take a quarter of float32's.  torch has no fast product of float32 rows with int
 The work is cut into tiles of a few rows by a few outputs, the sums of one tile in registers.  Each
 weight that is read is converted once for all rows of its tile.  The loops of a tile are written in
 LLVM's own language, because a compiler that vectorises a sum chooses another order for every shape of tile.
-Here each sum has one order for every tile, with L lanes in this CPU's vectors:
+Here each sum of float32 has one order for every tile, with L lanes in this CPU's vectors:
 
     L partial sums, of the products that fall into each lane of the whole vectors, in ascending k;
     the L added in pairs (i and i + L / 2, and so on down to the last two);
@@ -18,7 +18,8 @@ So a row's result has the same bits alone, in a batch of any size and with any n
 There are two kinds of tiles.  One multiplies float32 with weights converted to float32.  For int8
 weights on CPUs that multiply 16-bit integers (AVX2, better AVX-512, best VNNI) there is another kind: each
 row of x is rounded to 16 bits with a scale of its own, its largest value / 32767, and the products are
-added as 32-bit integers, exactly, two for each lane.  An instruction does twice as many products.  One
+added as integers, exactly, two for each lane of 32 bits; the whole sum is rounded once, so it is the same on
+all such CPUs.  An instruction does twice as many products.  One
 instruction widens the weights; converting half as many to float32 takes two.  Rounding x adds an error of
 about 1e-5 of the row's norm, a hundredth of the error of the weights' 8 bits.
 
@@ -69,8 +70,12 @@ PANEL_BYTES = 96 * 1024  # of the weights used for all rows before the next weig
 SLICE_WORK = 1 << 23  # products in the smallest slice for a thread: handing it over takes 0.2 ms
 CACHE_LINE = 64
 LARGEST = 32767  # the 16-bit value of a row's largest number
-# A lane of 32 bits holds this many products of a pair of 16-bit and 8-bit numbers, then it might overflow.
-EXACT_VECTORS = (1 << 31) // (2 * LARGEST * 128)
+INFINITY = 0xFF << 24  # the bits of float32 without the sign
+# Of k: so many products of 16-bit and 8-bit numbers, in half of a sum's lanes, fit 32 bits surely.  The halves
+# of the sums (see _IntegerTile) are below 2^24, and so exact in float32, up to a k of EXACT_WIDTH.
+EXACT_NUMBERS = 1024
+EXACT_WIDTH = 1 << 16
+assert EXACT_NUMBERS // 2 * LARGEST * 128 < 1 << 31
 
 _F32 = ir.FloatType()
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -184,7 +189,7 @@ class _Tile:
 
     def _packed(self, numbers: list[Any]) -> Any:
         """Numbers as a vector."""
-        vector = ir.Constant(ir.VectorType(_F32, len(numbers)), ir.Undefined)
+        vector = ir.Constant(ir.VectorType(numbers[0].type, len(numbers)), ir.Undefined)
         for index, number in enumerate(numbers):
             vector = self.build.insert_element(vector, number, _I32(index))
         return vector
@@ -234,23 +239,26 @@ class _Tile:
             build.call(self.prefetch, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, keep it, data
 
     def _added(self, sums: list[Any]) -> list[Any]:
-        """The sum of each vector, LANES of them in a vector, in the order of the pairs.
+        """The sum of each vector, LANES of them in a vector, in the order of the pairs."""
+        return self._joined(sums, self.build.fadd)
+
+    def _joined(
+        self, sums: list[Any], add: Callable[..., Any], blocks: int = LANES, last: int = 1
+    ) -> list[Any]:
+        """Add the lanes of each sum until `last` of them are left.  blocks: the lanes of one sum.
 
         Two vectors are joined before each addition, so that one addition serves both.  The pairs of lanes
         do not depend on the joining.
         """
-        blocks = LANES  # lanes of a vector that belong to one sum
         vectors = list(sums)
-        while blocks > 1:
+        while blocks > last:
             half = blocks // 2
             joined = []
             for first in range(0, len(vectors), 2):
                 one, two = vectors[first], vectors[min(first + 1, len(vectors) - 1)]
                 low = [lane for lane in range(2 * LANES) if lane % blocks < half]
                 high = [lane + half for lane in low]
-                joined.append(
-                    self.build.fadd(*(self.build.shuffle_vector(one, two, _mask(m)) for m in (low, high)))
-                )
+                joined.append(add(*(self.build.shuffle_vector(one, two, _mask(m)) for m in (low, high))))
             vectors, blocks = joined, half
         return vectors
 
@@ -303,7 +311,10 @@ class _Tile:
 
 
 class _IntegerTile(_Tile):
-    """A tile with x in 16-bit integers and weights in 8-bit: products are added in pairs, as integers."""
+    """A tile with x in 16-bit integers and weights in 8-bit: products are added in pairs, as integers.
+
+    A sum of many 32-bit numbers is two of them: of their upper 16 bits, and of their lower 16 bits.
+    """
 
     numbers = 2 * LANES
     x_bytes = 2
@@ -320,33 +331,77 @@ class _IntegerTile(_Tile):
         )
 
     def _whole_vectors(self, stop: Any) -> list[Any]:
-        """Sum the number of vectors that surely fits 32 bits, convert to float32, and repeat."""
+        """The upper sums of all pairs, LANES of them in a vector, then their lower sums."""
         build = self.build
-        most = EXACT_VECTORS * self.numbers
-        zeros = [ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)] * (self.rows * self.outs)
+        zeros = [_integers(0)] * (self.rows * self.outs)
 
-        def chunk(start: Any) -> list[Any]:
-            whole = build.add(start, _I64(most))
+        def piece(start: Any) -> list[Any]:
+            whole = build.add(start, _I64(EXACT_NUMBERS))
             until = build.select(build.icmp_signed("<", whole, stop), whole, stop)
-            return [build.sitofp(each, _VECTOR) for each in self._vectors(zeros, start, until)]
+            sums = self._joined(self._vectors(zeros, start, until), build.add, LANES, 2)
+            halves = self.halves(sums)
+            few = len(sums)
+            return [
+                each for part in (halves[:few], halves[few:]) for each in self._joined(part, build.add, 2)
+            ]
 
         def body(totals: list[Any], start: Any) -> list[Any]:
-            return [build.fadd(total, each) for total, each in zip(totals, chunk(start), strict=True)]
+            return [build.add(total, each) for total, each in zip(totals, piece(start), strict=True)]
 
-        return self._loop(chunk(_I64(0)), _I64(most), stop, most, body)
+        return self._loop(piece(_I64(0)), _I64(EXACT_NUMBERS), stop, EXACT_NUMBERS, body)
+
+    def halves(self, sums: list[Any]) -> list[Any]:
+        """The upper 16 bits of these numbers, then the lower ones: numbers = upper * 65536 + lower."""
+        upper = [self.build.ashr(each, _integers(16)) for each in sums]
+        return upper + [self.build.and_(each, _integers(0xFFFF)) for each in sums]
+
+    def rounded(self, halves: list[Any]) -> list[Any]:
+        """The numbers of upper and lower sums as float32, rounded once where both are below 2^24."""
+        build, count = self.build, len(halves) // 2
+        factor = ir.Constant(_VECTOR, [65536.0] * LANES)
+        floats = [build.sitofp(each, _VECTOR) for each in halves]
+        return [
+            build.call(self.fma, [upper, factor, lower])
+            for upper, lower in zip(floats[:count], floats[count:], strict=True)
+        ]
+
+    def _added(self, sums: list[Any]) -> list[Any]:
+        return sums  # as `_whole_vectors` leaves them
+
+    def _singles(self, sums: list[Any], start: Any) -> list[Any]:
+        build = self.build
+
+        def body(sums: list[Any], k: Any) -> list[Any]:
+            x = [build.sext(self._load(self.x, self.x_bytes, row, k, _I16), _I32) for row in range(self.rows)]
+            w = [build.sext(self._weight(out, k), _I32) for out in range(self.outs)]
+            products = [
+                build.mul(*each)
+                for each in zip(
+                    self._spread(self._packed(x), self._row_of),
+                    self._spread(self._packed(w), self._out_of),
+                    strict=True,
+                )
+            ]
+            return [build.add(total, each) for total, each in zip(sums, self.halves(products), strict=True)]
+
+        return self.rounded(self._loop(sums, start, self.k, 1, body))
+
+    def _weight(self, out: int, k: Any) -> Any:
+        return self._load(self.w, self.item_bytes, out, k, self.item)
 
     def _product(self, x: Any, weight: Any, total: Any) -> Any:
         return self.build.add(total, self.build.call(self.pairs, [x, weight]))  # with VNNI one instruction
 
     def _x(self, row: int, k: Any, width: int) -> Any:
-        x = self._load(self.x, self.x_bytes, row, k, _many(_I16, width))
-        return x if width > 1 else self.build.sitofp(x, _F32)
+        return self._load(self.x, self.x_bytes, row, k, _many(_I16, width))
 
     def _weights(self, out: int, k: Any, width: int) -> Any:
         weights = self._load(self.w, self.item_bytes, out, k, _many(self.item, width))
-        if width > 1:
-            return self.build.sext(weights, ir.VectorType(_I16, width))
-        return self.build.sitofp(weights, _F32)
+        return self.build.sext(weights, ir.VectorType(_I16, width))
+
+
+def _integers(number: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, LANES), [number] * LANES)
 
 
 class _Streams(_Tile):
@@ -562,12 +617,13 @@ def _in_16_bits(x: int, m: int, k: int) -> tuple[Any, Any, Any]:
     scales = np.empty(m, np.float32)
     for row in range(m):
         line, codes_of = values[row], codes[row]
-        most, trouble = np.float32(0), np.float32(0)
-        for i in range(k):
-            most = max(most, abs(line[i]))
-            trouble += line[i] * np.float32(0)
-        factor = np.float32(LARGEST) / most if most > 0 and trouble == 0 else np.float32(0)
-        scales[row] = most * np.float32(1 / LARGEST) + trouble
+        bits, largest = line.view(np.uint32), np.uint32(0)
+        for i in range(k):  # as integers without signs they have the same order, and make vectors
+            largest = max(largest, np.uint32(bits[i] << np.uint32(1)))
+        most = np.uint32(largest >> np.uint32(1)).view(np.float32)
+        sound = largest < INFINITY
+        factor = np.float32(LARGEST) / most if most > 0 and sound else np.float32(0)
+        scales[row] = most * np.float32(1 / LARGEST) if sound else np.float32(np.nan)
         for i in range(k):
             codes_of[i] = np.int16(np.rint(line[i] * factor))
     return codes, scales, memory
