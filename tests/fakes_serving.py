@@ -155,6 +155,7 @@ class FakeSpan:
     can_cut = True
     repeats = True
     fused = True
+    in_any_thread = False
 
     def new_stage(self) -> None:
         """Nothing is copied."""
@@ -299,6 +300,11 @@ class FakeCompute:
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
         self._lock = trio.Lock()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no function waits or runs; False where each takes time, which passes in `run` alone."""
+        return not self.seconds and not self._lock.locked()
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """function(*args)."""

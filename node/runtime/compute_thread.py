@@ -27,6 +27,13 @@ class Runner(Protocol):
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Return function(*args); its exceptions are raised here."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no function runs or waits, and none can begin before the caller awaits something.
+
+        For callers in the event loop's thread: they may do then what else runs here alone.
+        """
+
 
 class ComputeThread:
     """Runs functions one after another in a thread of its own, first come, first served.
@@ -38,10 +45,17 @@ class ComputeThread:
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self._token = token
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._busy = 0  # functions that wait or run; of the event loop's thread alone
+
+    @property
+    def is_idle(self) -> bool:
+        """See Runner."""
+        return not self._busy
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Return function(*args), computed in the thread; its exceptions are raised here."""
         job = _Job(function, args, trio.lowlevel.current_task())
+        self._busy += 1
         self._jobs.put(job)
 
         def abort(_: Callable[[], object]) -> trio.lowlevel.Abort:
@@ -56,11 +70,15 @@ class ComputeThread:
         while (job := self._jobs.get()) is not None:
             if job.task is not None:  # else the caller was cancelled during the wait
                 job.result = outcome.capture(job.function, *job.args)
-                try:
-                    self._token.run_sync_soon(job.deliver)
-                except trio.RunFinishedError:
-                    return
+            try:
+                self._token.run_sync_soon(self._deliver, job)
+            except trio.RunFinishedError:
+                return
             del job  # or an idle thread would keep the last session's cache alive
+
+    def _deliver(self, job: _Job) -> None:
+        self._busy -= 1
+        job.deliver()
 
 
 class _Job:

@@ -182,3 +182,19 @@ async def test_whoever_is_interrupted_does_not_wait_for_a_long_load(
         assert trio.current_time() - began == pytest.approx(seconds)
     finally:
         loaded.set()
+
+
+async def test_the_thread_is_idle_once_nothing_runs_or_waits_in_it_even_after_a_cancellation():
+    async with open_compute_thread() as compute:
+        assert compute.is_idle
+        gate = threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(compute.run, gate.wait, 10)
+            nursery.start_soon(compute.run, gate.wait, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not compute.is_idle
+            nursery.cancel_scope.cancel()
+        assert not compute.is_idle  # one is still running, and nobody waits for it
+        gate.set()
+        await compute.run(int)
+        assert compute.is_idle

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import outcome
 import pytest
 import torch
 import trio
@@ -15,8 +16,9 @@ import trio.testing
 from node.model.adapters.low_rank import LowRank, SpanAdapter
 from node.model.blocks import parts
 from node.serving.executor.batcher import Batcher
-from node.serving.executor.engine import Answer, Engine, NotFinite, Packing
+from node.serving.executor.engine import Answer, Engine, NotFinite, Packing, StepOwner
 from node.serving.executor.jobs import Job
+from node.serving.executor.lone_steps import LOOP_SECONDS
 from node.serving.executor.rates import Rates
 from node.serving.forward_backward import ForwardBackwardListener, Work
 from node.serving.span_admission import SpanAdmission
@@ -524,3 +526,108 @@ async def test_outputs_beyond_the_range_of_int8o_are_the_span_s_own_fault(tokens
         one.packing = Packing(onward=True)
         with pytest.raises(NotFinite):
             await one.step(tokens)
+
+
+class Begun(One):
+    """A session whose single steps have no task."""
+
+    async def step(self, tokens: int = 1, *, poison: bool = False, reply="all") -> Answer:
+        if tokens > 1:
+            return await super().step(tokens)
+        results: list[outcome.Outcome[Answer]] = []
+        begin = self.cache.length
+        body = bytearray(encode_hidden(self.hidden[:, begin : begin + 1].clone(), "fp32"))
+        if poison:
+            body[:4] = b"\x00\x00\xc0\x7f"
+        owner = StepOwner(self.peer, "", self.cache, self.adapter)
+        what = StepRange(begin, 1, reply)
+        self.engine.begin(owner, self.contract, what, memoryview(body), results.append, whole=False)
+        while not results:
+            await trio.lowlevel.checkpoint()
+        return results[0].unwrap()
+
+
+@asynccontextmanager
+async def short_steps(limits: Limits | None = None):
+    """An engine whose steps are so short that one that is alone is computed at once."""
+    span = FakeSpan(0, 4)
+    span.in_any_thread = True
+    engine = Engine(span, FakeCompute(), Rates(1e-4, 1e-5), limits)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        yield engine
+        nursery.cancel_scope.cancel()
+
+
+def batches_through_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that the queue gives from now on."""
+    sizes: list[int] = []
+    take = Batcher.next
+
+    def counted(batcher: Batcher, now: float):
+        batch = take(batcher, now)
+        sizes.extend([len(batch)] if batch else [])
+        return batch
+
+    monkeypatch.setattr(Batcher, "next", counted)
+    return sizes
+
+
+async def test_a_step_that_is_alone_is_computed_in_the_callers_thread_without_a_queue(monkeypatch):
+    async with short_steps() as engine:
+        one = Begun(engine, "a", 0)
+        one.check(await one.step(3))
+        sizes = batches_through_the_queue(engine, monkeypatch)
+        learnt = engine.rates.alone
+        for _ in range(3):
+            await trio.sleep(2 * LOOP_SECONDS)
+            one.check(await one.step())
+        assert not sizes
+        assert engine.rates.alone != learnt
+        assert engine.waits.queue(engine._clock()) == 0
+        assert engine.batcher._peers.by_name["a"].compute_seconds > 0
+
+
+async def test_steps_of_several_sessions_share_batches_however_short_they_are(monkeypatch):
+    async with short_steps() as engine:
+        ones = [Begun(engine, "a", number) for number in range(3)]
+        for one in ones:
+            await one.step(2)
+        sizes = batches_through_the_queue(engine, monkeypatch)
+        for _ in range(3):
+            for index, answer in (await all_at_once(ones)).items():
+                ones[index].check(answer)
+        assert len(sizes) == 3
+        assert min(sizes) >= 2  # the session that was last may be the first again, and alone
+
+
+@pytest.mark.parametrize("why", ["slow", "another thread", "the thread is busy", "a chore waits", "two rows"])
+async def test_a_step_that_may_not_be_computed_at_once_goes_through_the_queue(why, monkeypatch):
+    async with short_steps() as engine:
+        one = Begun(engine, "a", 0, batch=2 if why == "two rows" else 1)
+        one.check(await one.step(2))
+        sizes = batches_through_the_queue(engine, monkeypatch)
+        if why == "slow":
+            engine.rates.alone = 0.01
+        elif why == "another thread":
+            engine.span.in_any_thread = False
+        elif why == "the thread is busy":
+            monkeypatch.setattr(FakeCompute, "is_idle", False)
+        elif why == "a chore waits":
+            engine.before_next(lambda: None)
+        await trio.sleep(2 * LOOP_SECONDS)
+        one.check(await one.step())
+        assert sizes == [1]
+
+
+async def test_a_value_that_is_not_finite_fails_its_step_alone_where_it_is_computed_at_once():
+    async with short_steps() as engine:
+        one = Begun(engine, "a", 0)
+        await one.step(2)
+        with pytest.raises(BadResult, match="received"):
+            await one.step(poison=True)
+        await trio.sleep(2 * LOOP_SECONDS)
+        one.check(await one.step())
+        engine.span.poison = lambda hidden: hidden / 0
+        with pytest.raises(NotFinite, match="computed"):
+            await one.step()

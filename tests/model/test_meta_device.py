@@ -88,6 +88,8 @@ class Counting:
     def __init__(self) -> None:
         self.batches: list[Counted] = []
 
+    is_idle = False
+
     async def run(self, function: Callable[..., T], *args: object) -> T:
         with Counted() as counted:
             answer = function(*args)

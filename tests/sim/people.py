@@ -155,6 +155,11 @@ class Compute:
         self._lock = trio.Lock()
         self.busy_until = 0.0
 
+    @property
+    def is_idle(self) -> bool:
+        """False: a function's time passes in `run` alone."""
+        return False
+
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """function(*args)."""
         async with self._lock:

@@ -576,7 +576,7 @@ def test_queues_are_bounded_for_all_and_for_each_peer_and_apart_for_stateless_re
         submit(batcher, job("c"))
     with pytest.raises(TooManyStreams, match="3 stateless requests wait for compute here, 3 may"):
         submit(batcher, job("c", STATELESS))
-    assert (batcher.waiting, batcher.waiting_of("a"), batcher.waiting_of("c")) == (7, 4, 0)
+    assert (batcher.waiting, batcher._queues.waiting_of("a"), batcher._queues.waiting_of("c")) == (7, 4, 0)
 
 
 def test_what_is_cancelled_is_not_begun_and_makes_room_at_once():
@@ -1108,7 +1108,7 @@ class Serving(RuleBasedStateMachine):
         assert self.batcher.waiting == len(self.waiting)
         for peer in "abc":
             mine = sum(one.peer == peer for one, _ in self.waiting.values())
-            assert self.batcher.waiting_of(peer) == mine
+            assert self.batcher._queues.waiting_of(peer) == mine
 
     def teardown(self) -> None:
         if not hasattr(self, "batcher"):
@@ -1135,3 +1135,28 @@ class Serving(RuleBasedStateMachine):
 
 TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("pqr"), st.integers(1, BLOCKS), st.floats(1e-4, 1e-2), st.floats(0, 4)),
+        max_size=12,
+    )
+)
+def test_a_step_outside_the_queues_is_charged_and_teaches_as_if_it_had_been_queued(steps):
+    queued, alone, now = batcher_of(), batcher_of(), 0.0
+    for peer, blocks, seconds, pause in steps:
+        now += pause
+        each = job(peer, blocks=(0, blocks), prefix="prefix")
+        submit(queued, each, now=now)
+        batch = queued.next(now)
+        assert batch is not None
+        now += seconds
+        queued.finished(batch, seconds, now)
+        alone.ran_alone(peer, "prefix", blocks, seconds, now)
+        assert (alone.costs, alone.waiting) == (queued.costs, queued.waiting) == (alone.costs, 0)
+        for name, its in queued._peers.by_name.items():
+            if name in alone._peers.by_name:  # a peer that has gone may be forgotten a step earlier
+                assert alone._peers.by_name[name].compute_seconds == its.compute_seconds
+                assert alone._peers.by_name[name].last_active_at == its.last_active_at
+        assert alone._kinds_in_order() == queued._kinds_in_order()

@@ -452,6 +452,11 @@ def _float_plan(blocks: Sequence[FusedBlock], kept: torch.dtype | None) -> Plan 
     return measured_plan(max(linears, key=lambda each: each.weight.numel()), torch.float32)
 
 
+def is_compiled(span: FusedSpan) -> bool:
+    """Whether `decode` of float32 rows is our own kernels' alone."""
+    return span._kept is not None and span.on_device is None and decode_kernels() is not None
+
+
 def _address(updates: NDArray[np.int64]) -> int:
     return int(updates.ctypes.data) if updates.size else 0
 

@@ -34,7 +34,7 @@ from node.model.adapters.low_rank import Group, Groups, SpanAdapter, groups_of, 
 from node.model.adapters.sites import numbered_blocks, shapes_of
 from node.model.blocks.device.staging import Stage, on_device
 from node.model.blocks.forward_backward import with_prompt
-from node.model.blocks.fused import FusedSpan, fuse
+from node.model.blocks.fused import FusedSpan, fuse, is_compiled
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, SpanCache, tensor_bytes
 from node.model.blocks.ragged import ragged_mask, ragged_parts
 from node.model.blocks.rope import check_rope, stretched
@@ -88,6 +88,7 @@ class Span:
     """The blocks [start, stop) of a model, ready to compute.  Made by `load_span`, `part` and `joined`.
 
     dtype: of the hidden states inside.  shapes: of each block's cache, None for a convolution.
+    in_any_thread: whether a decode step may be computed outside the torch thread, where that one is idle.
     """
 
     def __init__(
@@ -118,6 +119,9 @@ class Span:
             self.shapes = _probed(self)
         else:
             self._fused, self.shapes = made
+        fused = self._fused if self.dtype == torch.float32 else None
+        # Our own kernels are at home in no thread; torch keeps workers for every thread that multiplies.
+        self.in_any_thread = fused is not None and is_compiled(fused)
         found = [shapes_of(block) for block in _blocks(model, architecture)]
         # Numbers in the matrices of a block, on the average: what an adapter's are compared with.
         self.block_values = sum(ins * outs for block in found for ins, outs in block.values()) / len(found)

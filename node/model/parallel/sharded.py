@@ -148,6 +148,7 @@ class ShardedSpan(Span):
         self.team = team
         self.number = number
         super().__init__(own.model, own.architecture, own.start, own.stop, (own._fused, own.shapes))
+        self.in_any_thread = False  # the ranks follow the torch thread
         weakref.finalize(self, team.later, commands.FORGET, kind="span", number=number)
 
     def part(self, start: int, stop: int) -> ShardedSpan:

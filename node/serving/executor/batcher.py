@@ -160,10 +160,6 @@ class Batcher:
         """Jobs that wait or run."""
         return len(self._queues.jobs)
 
-    def waiting_of(self, peer: str) -> int:
-        """Jobs of this peer that wait or run."""
-        return self._queues.waiting_of(peer)
-
     def resume_at(self, now: float) -> float:
         """After `next(now)` returned None: when to ask again, even if nothing is submitted until then.
 
@@ -270,6 +266,24 @@ class Batcher:
             self._crowds.ran(batch, seconds, self.costs.least_row(batch), now)
         self.costs.learn(batch[0].job.kind, blocks, work, seconds)
         return blocks, positions
+
+    def ran_alone(self, peer: str, party: str, blocks: int, seconds: float, now: float) -> None:
+        """A decode step of one row was computed outside the queues, which were empty.
+
+        Peers are charged, and costs learnt, as if it had come through `submit`, `next` and `finished`.
+        """
+        newcomer = len(self._peers.by_name) > 1 or peer not in self._peers.by_name
+        for known, name in ((self._peers, peer), (self.parties, party)):
+            one = known.touch(name, now, short_decode=True)
+            if newcomer:
+                known.charge_as_newcomer(name)
+            one.compute_seconds += seconds
+        self._after_decode, self._decode_went_ahead = True, False
+        if self._last_decoders != {peer}:
+            self._last_decoders = frozenset({peer})
+        self.costs.learn(Kind.DECODE, blocks, blocks, seconds)
+        if now >= min(self._peers.look_at, self.parties.look_at):
+            self._look_at_clock(now)
 
     def _kinds_in_order(self) -> tuple[Kind, ...]:
         """The kinds in the order in which they are asked for something to run."""

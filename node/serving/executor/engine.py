@@ -35,6 +35,7 @@ from node.serving.executor import out_of_memory
 from node.serving.executor.batcher import Batcher, BatchPolicy
 from node.serving.executor.job_queues import RETRY_SECONDS
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, Segment, segments
+from node.serving.executor.lone_steps import LoneSteps, is_short
 from node.serving.executor.rates import MeasuredSpan, Rates, measure_decode
 from node.serving.executor.waits import Waits
 from tensor_codec.codecs import (
@@ -47,6 +48,7 @@ from tensor_codec.errors import BadResult, Draining, Refused, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import OUTLIER_CODEC, Contract, StepRange
+from tensor_codec.rows.float_rows import row_bytes, row_values
 
 IDLE_MEASURE_SECONDS = 0.1  # for measuring again how fast an idle node is
 MAX_MEASURED_STEP_SECONDS = 0.5  # a slower step is not measured again
@@ -107,6 +109,10 @@ class EngineSpan(MeasuredSpan, Protocol):
     @property
     def fused(self) -> bool:
         """Whether `decode` takes several positions of a session."""
+
+    @property
+    def in_any_thread(self) -> bool:
+        """Whether a decode step may be computed outside the torch thread, where that one is idle."""
 
     @property
     def block_values(self) -> float:
@@ -258,6 +264,7 @@ class Engine:
             policy or BatchPolicy(),
         )  # fmt: skip
         self.after_batch: Callable[[], None] = lambda: None  # called once all answers of a batch were given
+        self._lone = LoneSteps()
         self._short = False  # whether memory ended in this batch: its time says nothing
         self._ahead: dict[int, Tensor] = {}  # hidden states of steps that wait, read while a device computed
         self._clock = clock
@@ -353,22 +360,32 @@ class Engine:
     ) -> int:
         """Queue a step of one position, as `step` does; its number, for `withdraw`.
 
+        One that is alone and short is computed at once, by the caller's thread (see `LoneSteps`).
         then: called once with its answer, in trio's thread; `after_batch` follows when all answers of its
         batch were given.  Raises TooManyStreams; then nothing was done.
         """
-        now, limits = self._clock(), self.limits
+        now, limits, number = self._clock(), self.limits, next(_NUMBERS)
         peer, prefix = owner.peer, owner.prefix
+        if limits.peer_shares is not None:
+            prefix = limits.prefix_of(peer, prefix)
+        wanted = 1 if whole else what.reply_tokens
+        if self._lone.is_alone(contract.session, now) and contract.batch == wanted == 1 and not owner.adapter:
+            result = _at_once(self, owner, prefix or peer, contract, what, body)
+            if result is not None:
+                then(result)
+                self.after_batch()
+                return number
         job = Job(
-            next(_NUMBERS), peer, Kind.DECODE, contract.batch, 1, contract.start, contract.stop,
+            number, peer, Kind.DECODE, contract.batch, 1, contract.start, contract.stop,
             now + limits.step_wait_seconds,
-            prefix=prefix if limits.peer_shares is None else limits.prefix_of(peer, prefix),
+            prefix=prefix,
         )  # fmt: skip
         if owner.adapter is not None:
             job = _with_adapter(job, owner.adapter, self.span)
         self._submit(
             _Step(
                 job, now, then=then, contract=contract, cache=owner.cache, what=what, body=body,
-                wanted=1 if whole else what.reply_tokens, adapter=owner.adapter,
+                wanted=wanted, adapter=owner.adapter,
             )
         )  # fmt: skip
         return job.number
@@ -695,6 +712,49 @@ def _observe(
         for work in works:
             waited += began - work.since
         engine.waits.observe(waited, (ended - began) * len(works), len(works), ended)
+
+
+def _at_once(
+    engine: Engine, owner: StepOwner, party: str, contract: Contract, what: StepRange, body: Buffer
+) -> outcome.Outcome[Answer] | None:
+    """The answer to a step of one row, computed in the caller's thread; None: it has to be queued.
+
+    Only where nothing else is computed or waits, and for a step that is short.
+    """
+    cache, blocks, batcher = owner.cache, contract.stop - contract.start, engine.batcher
+    alone = not batcher.waiting and batcher.parties.by_name.keys() <= {party}  # active a moment ago
+    free = alone and engine.compute.is_idle and not engine._chores
+    if not free or not engine.span.in_any_thread or not is_short(engine.rates.alone, blocks):
+        return None
+    began = engine._clock()
+    try:
+        values = row_values(body, contract.codec)
+        cache.reserve(what.position + 1)
+        rows = engine.span.decode(
+            torch.from_numpy(values[None]), [cache], contract.start, contract.stop,
+            rope_lengths=[what.rope_length],
+        )  # fmt: skip
+    except BadResult as bad:
+        return outcome.Error(bad)
+    except out_of_memory.FAULTS as error:
+        if is_out_of_memory(error):
+            return None  # nothing was kept: the queue's way knows what to do
+        raise
+    cache.length = what.position + 1
+    try:
+        encoded: Buffer = row_bytes(rows.numpy(), contract.codec)
+    except BadResult as bad:
+        return outcome.Error(NotFinite(str(bad)))
+    ended = engine._clock()
+    seconds = ended - began
+    engine._lone.computed(ended)
+    batcher.ran_alone(owner.peer, party, blocks, seconds, ended)
+    engine.rates.observe(1, blocks, seconds, decode=True)
+    engine.waits.observe(0.0, seconds, 1, ended)
+    if engine.meters.batches is not None:
+        engine.meters.batches.computed("decode", 1, 1, seconds)
+        engine.meters.batches.waits.observe(0.0)
+    return outcome.Value(Answer(encoded, int(seconds * 1e6)))
 
 
 def _fetched(engine: Engine, steps: Sequence[_Step], hidden: Tensor) -> Tensor:
