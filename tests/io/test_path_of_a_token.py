@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -131,7 +131,8 @@ def section(heading: str) -> str:
     return PAGE.read_text().split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
 
 
-ONCE, EVERY, WRONG = map(section, ("Once", "For every token", "When something goes wrong"))
+HEADINGS = ("Once", "For every token", "With several sessions", "When something goes wrong")
+ONCE, EVERY, SEVERAL, WRONG = map(section, HEADINGS)
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,12 @@ class Trace:
     """What one client's generations called.
 
     first: for the first token of each, with the chain, the session and the prompt.  later: from the step of
-    a token to the step of the next one.
+    a token to the step of the next one.  several: for all tokens of two generations at once.
     """
 
     first: Sequence[Window] = field(repr=False)
     later: Sequence[Window] = field(repr=False)
+    several: Window = field(repr=False)
 
 
 async def trace_generations(model: Path, folder: Path) -> Trace:
@@ -229,12 +231,21 @@ async def trace_generations(model: Path, folder: Path) -> Trace:
                 if len(first) == GENERATIONS:
                     break
             assert len(first) == GENERATIONS, "this machine is too busy for a session without a fault"
+            begin = len(tracer.calls)
+            async with trio.open_nursery() as several:
+                for text in (PROMPT_TEXT, "Another text"):
+                    several.start_soon(read_all, swarm.generate(text, max_new_tokens=TOKENS))
         finally:
             tracer.stop()
             for compute in computes:
                 await compute.run(tracer.stop)
         nursery.cancel_scope.cancel()
-    return Trace(first, later)
+    return Trace(first, later, tracer.calls[begin:])
+
+
+async def read_all(tokens: AsyncIterator[object]) -> None:
+    async for _ in tokens:
+        pass
 
 
 def steps_of(calls: Window) -> list[Window]:
@@ -333,6 +344,7 @@ def test_every_function_on_the_path_is_called_when_the_page_says(trace: Trace):
         wanted, called = named(text), in_all(windows)
         assert len(wanted) > 30
         assert [name for name in wanted if name not in called] == [], "named, and not called"
+    assert set(named(SEVERAL)) <= {call.name for call in trace.several}
 
 
 def test_the_order_of_the_page_is_the_order_of_the_calls(trace: Trace):
