@@ -256,11 +256,10 @@ class Engine:
         self.span = span
         self.compute = compute
         self.rates = rates
-        self.limits = limits or Limits()
         self.waits = Waits()
         self.meters = meters or ServingMeters()
         self.batcher = Batcher(
-            rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, self.limits,
+            rates.decode_seconds_per_block, rates.prefill_seconds_per_block_token, limits or Limits(),
             policy or BatchPolicy(),
         )  # fmt: skip
         self.after_batch: Callable[[], None] = lambda: None  # called once all answers of a batch were given
@@ -272,6 +271,11 @@ class Engine:
         self._works: dict[int, _Work] = {}
         self._chores: list[Callable[[], None]] = []
         self._wanted = trio.Event()
+
+    @property
+    def limits(self) -> Limits:
+        """Of the node."""
+        return self.batcher.limits
 
     @property
     def queue(self) -> float:
