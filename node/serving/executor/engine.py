@@ -386,13 +386,12 @@ class Engine:
         )  # fmt: skip
         if owner.adapter is not None:
             job = _with_adapter(job, owner.adapter, self.span)
-        self._submit(
-            _Step(
-                job, now, then=then, contract=contract, cache=owner.cache, what=what, body=body,
-                wanted=wanted, adapter=owner.adapter,
-            )
+        step = _Step(
+            job, now, then=then, contract=contract, cache=owner.cache, what=what, body=body,
+            wanted=wanted, adapter=owner.adapter,
         )  # fmt: skip
-        return job.number
+        _submit(self, step)
+        return number
 
     def withdraw(self, number: int) -> None:
         """Forget a step of `begin` that has no answer yet."""
@@ -461,19 +460,13 @@ class Engine:
             done.set()
 
         work = make(then)
-        self._submit(work)
+        _submit(self, work)
         try:
             await done.wait()
         except BaseException:
             self.withdraw(work.job.number)
             raise
         return answers[0].unwrap()
-
-    def _submit(self, work: _Work) -> None:
-        with self._lock:
-            self.batcher.submit(work.job, work.since)
-            self._works[work.job.number] = work
-        self._wanted.set()
 
     # From here on: in the torch thread.
 
@@ -679,6 +672,14 @@ class Engine:
         if len(settled) == answered:
             rest = replace(piece, offset=piece.offset + half, tokens=piece.tokens - half)
             self._chunk(rest, step, self._clock(), settled)
+
+
+def _submit(engine: Engine, work: _Work) -> None:
+    """Queue a request.  Raises TooManyStreams; then nothing was done."""
+    with engine._lock:
+        engine.batcher.submit(work.job, work.since)
+        engine._works[work.job.number] = work
+    engine._wanted.set()
 
 
 def _forget(engine: Engine, number: int) -> None:
