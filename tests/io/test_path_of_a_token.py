@@ -80,6 +80,7 @@ UNNAMED = {
     "Answers.unknown": "within Directory.unknown",
     "Answers.wait_for": "within Asker.measure",
     "Blocks.contains": "within SpanSpec.admits",
+    "ComputeThread.run": "within HeadBatches.pick, where the event loop's thread does not compute",
     "Connection.flush": "of the pings of Directory.measure",
     "Connection.run": "goes on when its read loop does",
     "Costs.chain": "within cheapest_chain",
