@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -100,7 +101,7 @@ async def running(limits: Limits | None = None, seconds: float = 1.0):
         nursery.cancel_scope.cancel()
 
 
-async def all_at_once(ones: list[One], **options) -> dict[int, Answer | Exception]:
+async def all_at_once(ones: Sequence[One], **options) -> dict[int, Answer | Exception]:
     answers: dict[int, Answer | Exception] = {}
 
     async def one(index: int) -> None:
