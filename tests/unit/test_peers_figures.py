@@ -266,6 +266,6 @@ def test_the_table_shows_each_row_and_its_share():
     measured = {OURS: [answered(105, 0.1)], THEIRS: [answered(100, 0.2)]}
     about = {"cores": 2, "cpu": "a processor", "day": "2026-01-01", "others": 0}
     rows = [row | {"machine": about} for row in figures(measured, dict.fromkeys(measured, 1))]
-    text = peers_block(Results({"peers": rows}))
+    text = peers_block(Results({"peers-int8": rows, "peers-bf16": [], "peers-float32": []}))
     assert "| raceme-int8-3 | 1 + 1 | 105.0 | 36 | 100 | 1.05 (1.05) | 0.50 |" in text
     assert "| llama.cpp-Q8_0-rpc-3 | 1 + 1 | 100.0 |" in text

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.figures.tables import Figures, markdown_table, with_note
+from benchmarks.peers.contenders import KINDS
 
 
 def peers_block(figures: Figures) -> str:
     """Each row, and where it is one of ours its share of the peer's."""
-    runs = figures["peers"]
+    runs = [run for kind in KINDS for run in figures[f"peers-{kind}"]]
     rows = [
         (
             run["name"] + (f", {run['clients']} clients" if run["clients"] > 1 else ""),
