@@ -58,8 +58,16 @@ Ask = Callable[[Sequence[Sequence[int]], int], Round]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; 1 where a process of a row fails."""
-    flags = parse(arguments)
+    """Measure and print; 1 where a process of a row fails, 130 after Ctrl-C."""
+    try:
+        return run_rows(parse(arguments))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def run_rows(flags: argparse.Namespace) -> int:
+    """Measure kind after kind, and print; the exit code."""
     try:
         rows = chosen(all_contenders(flags.many, flags.transformers), flags.rows)
         folder = resolve(flags.model, cache_dir=cache_dir())

@@ -6,14 +6,17 @@ import io
 import json
 import sys
 import tarfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.figures.blocks.peers import peers_block
 from benchmarks.figures.tables import Results
 from benchmarks.lib.processes import ProcessError
-from benchmarks.peers import llama_build
+from benchmarks.peers import llama_build, peers
 from benchmarks.peers.contenders import (
     LLAMA,
     RACEME,
@@ -31,7 +34,7 @@ from benchmarks.peers.contenders import (
 )
 from benchmarks.peers.llama_build import CONVERSION, NotBuilt, fault_of, run, unpack
 from benchmarks.peers.llama_server import Need, generation_of, question, rpc_command, server_command
-from benchmarks.peers.peers import generation_of_steps
+from benchmarks.peers.peers import generation_of_steps, main
 
 OURS, THEIRS = Contender(RACEME, "int8", 3), Contender(LLAMA, "int8", 3)
 
@@ -269,3 +272,73 @@ def test_the_table_shows_each_row_and_its_share():
     text = peers_block(Results({"peers-int8": rows, "peers-bf16": [], "peers-float32": []}))
     assert "| raceme-int8-3 | 1 + 1 | 105.0 | 36 | 100 | 1.05 (1.05) | 0.50 |" in text
     assert "| llama.cpp-Q8_0-rpc-3 | 1 + 1 | 100.0 |" in text
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The labels of the rows that were asked, in order; each answer is as fast as its number in the run."""
+    labels: list[str] = []
+
+    def ask(row: Contender, prompts: Sequence[Sequence[int]], tokens: int) -> Round:
+        if row.kind == "float32":
+            raise ProcessError("a node ended with exit code 1")
+        labels.append(row.label)
+        return answered(len(labels), 0.1, len(prompts), tokens)
+
+    def started(_: object, rows: Sequence[Contender], __: object) -> dict[Contender, peers.Ask]:
+        return {row: partial(ask, row) for row in rows}
+
+    monkeypatch.setattr(peers, "resolve", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(peers, "read_info", lambda _: SimpleNamespace(blocks=30))
+    monkeypatch.setattr(peers, "built", lambda *_: "there is no cmake on this machine")
+    monkeypatch.setattr(peers, "prompts_of", lambda _, clients, tokens: [[1] * tokens] * clients)
+    monkeypatch.setattr(peers, "started", started)
+    return labels
+
+
+def test_rows_take_turns_in_the_other_order_each_time_and_the_first_round_does_not_count(
+    asked: list[str], tmp_path: Path
+):
+    file = tmp_path / "rows.json"
+    words = ["--rows", "raceme-int8-[13]", "--rounds", "2", "--tokens", "5", "--json", str(file)]
+    assert main(words) == 0
+    assert asked == [f"raceme-int8-{servers}" for servers in (3, 1, 1, 3, 3, 1)]
+    rows = json.loads(file.read_text())
+    assert [row["name"] for row in rows] == ["raceme-int8-1", "raceme-int8-3"]
+    assert [row["rounds"] for row in rows] == [2, 2]
+    assert rows[0]["steps_per_s"] == pytest.approx((3 + 6) / 2)
+    assert {"command", "machine", "prompt_tokens", "tokens", "aggregate_tokens_per_s", "ttft_ms"} <= rows[
+        0
+    ].keys()
+
+
+def test_without_llama_cpp_ours_is_measured_alone_and_the_reason_is_printed(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "rows.json"
+    words = ["--rows", "*-int8-1", "llama.cpp-Q8_0-*", "--many", "0", "--rounds", "1", "--json", str(file)]
+    assert main(words) == 0
+    assert set(asked) == {"raceme-int8-1"}
+    assert "llama.cpp is skipped: there is no cmake on this machine" in capsys.readouterr().err
+    (row,) = json.loads(file.read_text())
+    assert row["llama_cpp"] == "there is no cmake on this machine"
+    assert row["ratio_to_peer"] is None
+
+
+def test_the_rows_before_a_failure_are_kept(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "rows.json"
+    words = ["--rows", "raceme-int8-1", "raceme-float32-1", "--rounds", "1", "--json", str(file)]
+    assert main(words) == 1
+    assert "error: a node ended with exit code 1" in capsys.readouterr().err
+    assert [row["name"] for row in json.loads(file.read_text())] == ["raceme-int8-1"]
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "resolve", interrupted)
+    assert main([]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
