@@ -303,7 +303,8 @@ async def test_while_nobody_serves_a_block_one_client_hears_which_in_time_and_an
         assert old is not None
         assert new is not None
         assert new.seq > old.seq
-    assert found["hasty"].tokens == expected(ids, tokens)[:10]
+    # The step of one more token may have been sent before the servers were killed.
+    assert found["hasty"].tokens in (expected(ids, tokens)[:10], expected(ids, tokens)[:11])
     assert str(found["hasty"].error).startswith("NoChain: blocks 3:6 of 6 are served by nobody")
 
 
