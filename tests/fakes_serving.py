@@ -263,12 +263,16 @@ class FakeEmbedAndHead:
 
     vocabulary = 26
     stateless = True
+    finds_best = True
     rope: LengthRope | None = None
 
     def __init__(self, end_tokens: Iterable[int] = ()) -> None:
         self.eos_ids = frozenset(end_tokens)
         self.tokenizer = self
         self.embedded: list[int] = []  # tokens in each call
+
+    def row_of(self, token: int) -> None:
+        """`embed` computes it."""
 
     def embed(self, ids: Tensor, position: int) -> Tensor:
         """Token ids [1, tokens] -> [1, tokens, hidden]."""
@@ -279,6 +283,10 @@ class FakeEmbedAndHead:
         """[1, tokens, hidden] -> logits [1, tokens, vocabulary]."""
         best = hidden.sum(-1).long() % self.vocabulary
         return torch.nn.functional.one_hot(best, self.vocabulary).float()
+
+    def best_of(self, hidden: Tensor) -> int:
+        """The place of the largest logit after [1, 1, hidden]."""
+        return int(self.head(hidden, best_only=True)[0, -1].argmax())
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         """A letter for each token."""

@@ -185,12 +185,22 @@ class TimedEnds:
     def __getattr__(self, name: str) -> Any:  # Any: an attribute of the ends
         return getattr(self._ends, name)
 
+    def row_of(self, token: int) -> None:
+        """`embed` is timed."""
+
     def embed(self, ids: Tensor, position: int) -> Tensor:
         """See Ends."""
         began = time.perf_counter()
         hidden = self._ends.embed(ids, position)
         self.seconds += time.perf_counter() - began
         return hidden
+
+    def best_of(self, hidden: Tensor) -> int:
+        """See Ends."""
+        began = time.perf_counter()
+        place = self._ends.best_of(hidden)
+        self.seconds += time.perf_counter() - began
+        return place
 
     def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
         """See Ends."""

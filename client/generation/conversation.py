@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
 
+import numpy as np
 import trio
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.generation.head_batches import HeadBatches
 from client.session.inputs import Feed
-from client.session.session import Session, deadlines
+from client.session.session import Session, deadlines, decoded_row, encoded_row
 from client.session.steps import Pending
 from client.session.trace import Trace
 from node.model.blocks.rope import LengthRope
@@ -49,6 +51,9 @@ class Embedding(Protocol):
     @property
     def rope(self) -> LengthRope | None:
         """The rule of angles that depend on the length; None where no angle does."""
+
+    def row_of(self, token: int) -> NDArray[np.float32] | None:
+        """The hidden state float32 [hidden] of a token, where it is a row in memory; else None."""
 
     def embed(self, ids: Tensor, position: int) -> Tensor:
         """Token ids [1, tokens], the first at `position` -> hidden states [1, tokens, hidden]."""
@@ -90,13 +95,13 @@ class Conversation:
         tokens: list[int],
         pick: Callable[[Tensor], T],
         *,
-        best_only: bool = False,
+        best: Callable[[int], T] | None = None,
         prompt: int | None = None,
         follow: Callable[[T], int | None] | None = None,
     ) -> T:
         """pick(logits float32 [vocabulary]) after `tokens`; `pick` runs in the torch thread.
 
-        best_only: `pick` needs the place of the largest logit alone; others may be -inf.
+        best: where the place of the largest logit is all that is needed: called with it in place of `pick`.
         prompt: the number of tokens that were given and not generated; None: all.
         follow: called with the answer; the token that the next call will have after these, or None.  Its step
         is sent before this call returns, where it can be sent at once.
@@ -114,8 +119,8 @@ class Conversation:
                 with trio.fail_at(until + LATE_SECONDS), self.heads.generation():
                     session, result, step = await self._answer(tokens, prompt, deadline, until)
                     try:
-                        read = partial(session.decode, result)
-                        picked = await self.heads.pick(read, pick, best_only=best_only)
+                        read = partial(decoded_row, session, result)
+                        picked = await self.heads.pick(read, pick, best)
                         if follow is not None and (token := follow(picked)) is not None:
                             await self._send_ahead(session, len(tokens), token)
                     finally:
@@ -204,6 +209,10 @@ class Conversation:
     async def _embed(self, session: Session, tokens: list[int], position: int) -> Buffer | PackedBody:
         """Tokens, the first at `position`, to the encoded hidden states [1, tokens, hidden] of a step."""
 
+        is_one = len(tokens) == 1
+        if is_one and (row := self.local_model.row_of(tokens[0])) is not None:
+            return encoded_row(session, row)
+
         def embed() -> Buffer | PackedBody:
             import torch
 
@@ -212,7 +221,7 @@ class Conversation:
 
         # One token takes less time here than its way into the torch thread and back.  A model that keeps
         # state belongs to that thread, where another generation may be using it.
-        here = len(tokens) == 1 and self.local_model.stateless
+        here = is_one and self.local_model.stateless
         return embed() if here else await self.compute.run(embed)
 
 

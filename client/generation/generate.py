@@ -97,7 +97,7 @@ class Generation:
                 choice = await self.conversation.logits_after(
                     self._tokens,
                     choose,
-                    best_only=self.settings.options.best_only,
+                    best=Choice if self.settings.options.best_only else None,
                     prompt=len(prompt),
                     follow=follow,
                 )

@@ -37,14 +37,17 @@ class Head(Protocol):
     """The part of `node.model.embed_and_head.EmbedAndHead` that makes logits."""
 
     @property
-    def stateless(self) -> bool:
-        """Whether several threads may use it at a time."""
+    def finds_best(self) -> bool:
+        """Whether any thread may call `best_of` at any time."""
 
     def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
         """Norm and head: [rows, tokens, hidden] -> float32 [rows, tokens, vocabulary].
 
         best_only: the place of the largest logit is wanted alone; others may be -inf.
         """
+
+    def best_of(self, hidden: Tensor) -> int:
+        """The place of the first largest logit after one hidden state float32 [1, 1, hidden]."""
 
 
 class HeadBatches:
@@ -83,17 +86,19 @@ class HeadBatches:
             self._generations -= 1
 
     async def pick(
-        self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], *, best_only: bool = False
+        self,
+        read: Callable[[], Tensor],
+        pick: Callable[[Tensor], T],
+        best: Callable[[int], T] | None = None,
     ) -> T:
         """pick(logits float32 [vocabulary]) after the last position of read() [1, tokens, hidden].
 
-        best_only: `pick` needs the place of the largest logit alone; others may be -inf.
-        Both run in the torch thread, or here, see above; an error of either is raised here.
+        best: where the place of the largest logit is all that is needed: called with it in place of `pick`.
+        All run in the torch thread, or here, see above; an error of any is raised here.
         """
-        request: _Request[T] = _Request(read, pick, best_only)
-        if best_only and self._is_quick():
-            self._compute_batch(deque([request]))  # type: ignore[list-item]  # as below
-            return request.unwrap()
+        if best is not None and self._is_quick():
+            return best(self._best_of(read()))
+        request: _Request[T] = _Request(read, pick, best)
         # No await in between: the first waiting caller is the first in the thread's queue.
         self._waiting.append(request)  # type: ignore[arg-type]  # the type of its answer stays its own
         try:
@@ -104,21 +109,28 @@ class HeadBatches:
 
     def _is_quick(self) -> bool:
         """Whether one likeliest token may be computed in the event loop's thread now."""
-        alone = self._generations < 2 and not self._waiting and self._local_model.stateless
+        alone = self._generations < 2 and not self._waiting and self._local_model.finds_best
         return alone and bool(self._seconds) and min(self._seconds) <= INLINE_SECONDS
 
     def _answer(self, request: _Request[T]) -> T:
         """Runs in the torch thread: the answer, which an earlier request's batch may have brought."""
         if request.answer is None:
-            self._compute_batch(self._waiting)
-        return request.unwrap()
+            self._compute_batch()
+        assert request.answer is not None
+        return request.answer.unwrap()
 
-    def _compute_batch(self, waiting: deque[_Request[object]]) -> None:
+    def _best_of(self, hidden: Tensor) -> int:
+        began = self._clock()
+        place = self._local_model.best_of(hidden)
+        self._seconds.append(self._clock() - began)
+        return place
+
+    def _compute_batch(self) -> None:
         """Answer the requests that have waited longest."""
         batch: list[_Request[object]] = []
         rows: list[Tensor] = []
-        while waiting and len(rows) < self._max_rows:
-            request = waiting.popleft()
+        while self._waiting and len(rows) < self._max_rows:
+            request = self._waiting.popleft()
             if not request.is_wanted:
                 continue
             hidden = outcome.capture(request.read)
@@ -130,17 +142,20 @@ class HeadBatches:
         if not batch:
             return
         # The head knows no positions, so rows of several sessions make one batch: [rows, 1, hidden].
-        best_only = all(request.best_only for request in batch)
-        began = self._clock()
+        best_only = all(request.best is not None for request in batch)
+        if best_only and len(batch) == 1:
+            batch[0].settle_best(outcome.capture(self._best_of, rows[0]))
+            return
         logits = outcome.capture(partial(self._local_model.head, torch.cat(rows), best_only=best_only))
         if isinstance(logits, outcome.Error):  # our own bug; it fails the whole batch
             for request in batch:
                 request.settle(outcome.Error(logits.error))
             return
-        if best_only and len(batch) == 1:
-            self._seconds.append(self._clock() - began)
         for request, row in zip(batch, logits.unwrap()[:, -1], strict=True):
-            request.settle(outcome.capture(request.pick, row))
+            if request.best is None:
+                request.settle(outcome.capture(request.pick, row))
+            else:
+                request.settle_best(outcome.Value(int(row.numpy().argmax())))
 
 
 class _Request(Generic[T]):
@@ -149,12 +164,14 @@ class _Request(Generic[T]):
     is_wanted: until its caller is cancelled.
     """
 
-    __slots__ = ("answer", "best_only", "is_wanted", "pick", "read")
+    __slots__ = ("answer", "best", "is_wanted", "pick", "read")
 
-    def __init__(self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], best_only: bool) -> None:
+    def __init__(
+        self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], best: Callable[[int], T] | None
+    ) -> None:
         self.read = read
         self.pick = pick
-        self.best_only = best_only
+        self.best = best
         self.answer: outcome.Outcome[T] | None = None
         self.is_wanted = True
 
@@ -162,10 +179,13 @@ class _Request(Generic[T]):
         """The answer, or the error in its place."""
         self.answer = answer
 
-    def unwrap(self) -> T:
-        """The answer; its error is raised."""
-        assert self.answer is not None
-        return self.answer.unwrap()
+    def settle_best(self, place: outcome.Outcome[int]) -> None:
+        """The place of the largest logit, or the error in its place."""
+        assert self.best is not None
+        if isinstance(place, outcome.Error):
+            self.answer = place
+        else:
+            self.answer = outcome.capture(self.best, place.unwrap())
 
     def drop(self) -> None:
         """Nobody waits for the answer any more."""

@@ -53,8 +53,7 @@ class Sampler:
         if self._filters:
             logits = self._filtered(logits, tokens)
         if self._options.greedy:
-            # Not torch's argmax, which wakes threads for a vocabulary: here they are of the event loop's own.
-            best = int(logits.argmax() if self._filters else logits.numpy().argmax())
+            best = int(logits.argmax())
             if self._filters and logits[best] == -torch.inf:
                 raise ValueError("the options forbid every token")
             return best

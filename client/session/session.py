@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 import trio
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.chains.chooser import SwarmAccess
@@ -49,6 +51,7 @@ from tensor_codec.messages.contract import (
     vector_bytes,
 )
 from tensor_codec.messages.session import Result
+from tensor_codec.rows.float_rows import row_bytes, row_values
 from tensor_codec.rows.row_order import row_order
 
 LONG_PART = 2048  # positions: a caller's wait for one step suffices to fill caches with this number
@@ -387,6 +390,26 @@ class Session:
         if now >= deadline:
             raise SlowPeer(f"no answer to step {pending.step} by the caller's deadline")
         await self.route.perform(self.core.receive(Late(pending), now))
+
+
+def encoded_row(session: Session, row: NDArray[np.float32]) -> Buffer | PackedBody:
+    """As `Session.encode`, of one hidden state [hidden].  Raises BadResult for NaN."""
+    route, kept = session.core.route, session.terms.kept_codec
+    if are_packed(1, route.pack):
+        return session.encode(torch.from_numpy(row).view(1, 1, -1))
+    if (now := route.contracts.current.codec) != kept:
+        row_bytes(row, now)  # raises for a value beyond its range
+    return row_bytes(row, kept)
+
+
+def decoded_row(session: Session, result: Result) -> Tensor:
+    """The hidden state float32 [1, 1, hidden] of an answer of one position.  Raises BadResult."""
+    try:
+        values = row_values(result.body, session.core.route.contracts.in_epoch(result.epoch).codec)
+    except BadResult as error:
+        error.about(session.chain.hops[-1].peer)
+        raise
+    return torch.from_numpy(values).view(1, 1, -1)
 
 
 def _answer_to_nothing(session: Session, reply: Reply) -> Tensor | None:

@@ -14,7 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from node.config import ConfigError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from node.model.peft.modules import ModelModules
     from node.model.weights.argmax_head import ExactArgmax
 
+
+_Norm = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 # A tokenizer needs at least one of these files; its other files alone do not make a tokenizer.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json")
@@ -60,9 +64,11 @@ class EmbedAndHead:
         if architecture.plain_ends:
             embedding, norm = (self._base.get_submodule(name) for name in architecture.ends)
             self._plain = embedding, norm, cast(Any, model).get_output_embeddings()
+        self._rows = None if self._plain is None else _rows_of(self._plain[0])
         self._product: Callable[..., Tensor] | None = None  # the head's, where it is compiled
         self._exact_argmax: ExactArgmax | None = None
-        self._norm: Callable[[Tensor], Tensor] | None = None  # the compiled one
+        self._norm: _Norm | None = None  # the compiled one
+        self._threads = 1
 
     @property
     def stateless(self) -> bool:
@@ -89,6 +95,7 @@ class EmbedAndHead:
             bias = None if head.bias is None else head.bias.detach()
             self._product = compiled.Rows(head.weight.detach(), None, bias)
             self._norm = _compiled_norm(self._plain[1])
+            self._threads = torch.get_num_threads()  # torch counts those of each thread apart
 
     @property
     def product(self) -> Callable[..., Tensor] | None:
@@ -107,6 +114,13 @@ class EmbedAndHead:
             return
         with suppress(ValueError):  # a head without finite numbers; its logits will show it
             self._exact_argmax = ExactArgmax(head.weight.detach())
+
+    def row_of(self, token: int) -> NDArray[np.float32] | None:
+        """The hidden state float32 [hidden_size] of a token before the first block, a row of the weights.
+
+        None: `embed` computes it.  Nobody writes to it.
+        """
+        return None if self._rows is None else self._rows[token]
 
     @torch.inference_mode()
     def embed(self, ids: Tensor, position: int) -> Tensor:
@@ -131,10 +145,8 @@ class EmbedAndHead:
         if self._plain is not None:
             _, norm, head = self._plain
             if self._product is not None:
-                normed, threads = (
-                    (self._norm or norm)(hidden.to(self.device, self.dtype)),
-                    torch.get_num_threads(),
-                )
+                hidden, threads = hidden.to(self.device, self.dtype), torch.get_num_threads()
+                normed = norm(hidden) if self._norm is None else _normed(self._norm, hidden)
                 if best_only and self._exact_argmax is not None:
                     flat = self._exact_argmax(normed.flatten(0, -2), threads)
                     return flat.view(*hidden.shape[:-1], -1)
@@ -149,6 +161,17 @@ class EmbedAndHead:
             self.remote.answer = None
             self.remote.take()
         return _logits(logits)
+
+    def best_of(self, hidden: Tensor) -> int:
+        """The place of the first largest logit of `head`, of one hidden state float32 [1, 1, hidden_size]."""
+        if self._exact_argmax is None or self._norm is None:  # not `finds_best`
+            return int(self.head(hidden, best_only=True).numpy().argmax())
+        return self._exact_argmax.best(self._norm(hidden.numpy()[0])[0], self._threads)
+
+    @property
+    def finds_best(self) -> bool:
+        """Whether `best_of` is compiled code alone, which any thread may call at any time."""
+        return self._exact_argmax is not None and self._norm is not None
 
     @cached_property
     def library_model(self) -> nn.Module:
@@ -181,21 +204,34 @@ class EmbedAndHead:
         return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
-def _compiled_norm(norm: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Our own norm of float32 rows in one call of compiled code; None for other norms."""
+def _rows_of(embedding: nn.Module) -> NDArray[np.float32] | None:
+    """The rows of a plain embedding in float32 on the CPU; None for any other."""
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        return None
+    weight = embedding.weight.detach()
+    is_plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    return weight.numpy() if is_plain else None
+
+
+def _compiled_norm(norm: nn.Module) -> _Norm | None:
+    """Our own norm of float32 rows [rows, hidden] in one call of compiled code; None for other norms."""
     if type(norm) is not RMSNorm or norm.weight.dtype != torch.float32:
         return None
     from node.model.weights.argmax_head import norm_kernel
 
     kernel, weight, eps = norm_kernel(), norm.weight.detach().contiguous().numpy(), norm.variance_epsilon
 
-    def normed(x: Tensor) -> Tensor:
-        given = x.detach().contiguous()
-        out = torch.empty_like(given)
-        kernel(given.view(-1, len(weight)).numpy(), weight, eps, out.view(-1, len(weight)).numpy())
+    def normed(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        out = np.empty_like(x)
+        kernel(x, weight, eps, out)
         return out
 
     return normed
+
+
+def _normed(norm: _Norm, hidden: Tensor) -> Tensor:
+    rows = hidden.detach().contiguous().view(-1, hidden.shape[-1])
+    return torch.from_numpy(norm(rows.numpy())).view(hidden.shape)
 
 
 def _logits(found: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ async def test_only_a_batch_of_those_who_want_the_best_alone_is_computed_so():
                 await nursery.start(busy.run)
                 for index, wish in enumerate(wishes):
                     read = partial(some_hidden, 1, seed=index)
-                    nursery.start_soon(partial(heads.pick, read, best, best_only=wish))
+                    nursery.start_soon(partial(heads.pick, read, best, int if wish else None))
                 await trio.testing.wait_all_tasks_blocked()
                 busy.let_go()
     assert asked == [True, False, False]
@@ -352,7 +352,7 @@ async def test_only_a_quick_search_for_the_best_of_one_generation_is_made_in_the
                 stack.enter_context(heads.generation())
             for index in range(3):
                 read = partial(some_hidden, 1, seed=index)
-                assert await heads.pick(read, best, best_only=best_only) == own_answer(index)
+                assert await heads.pick(read, best, int if best_only else None) == own_answer(index)
     here = [thread == threading.get_ident() for thread in ends.threads]
     assert here == [False, is_inline, is_inline]  # the first one is timed
 
@@ -362,7 +362,7 @@ async def test_a_head_that_became_slow_goes_back_into_the_torch_thread():
     async with open_compute_thread() as compute:
         heads = HeadBatches(ends, compute, clock=lambda: ends.now)
         for index in range(2 * TIMED):
-            await heads.pick(partial(some_hidden, 1, seed=index), best, best_only=True)
+            await heads.pick(partial(some_hidden, 1, seed=index), best, int)
             ends.seconds = 2 * INLINE_SECONDS
     here = [thread == threading.get_ident() for thread in ends.threads]
     assert here == [False] + TIMED * [True] + (TIMED - 1) * [False]
@@ -371,11 +371,11 @@ async def test_a_head_that_became_slow_goes_back_into_the_torch_thread():
 async def test_an_error_in_the_event_loop_is_that_caller_s_own():
     async with open_compute_thread() as compute:
         heads = HeadBatches(CountingEnds(), compute, clock=lambda: 0.0)
-        await heads.pick(partial(some_hidden, 1), best, best_only=True)
+        await heads.pick(partial(some_hidden, 1), best, int)
 
         def spoilt() -> Tensor:
             raise BadResult("NaN")
 
         with pytest.raises(BadResult):
-            await heads.pick(spoilt, best, best_only=True)
-        assert await heads.pick(partial(some_hidden, 1, seed=3), best, best_only=True) == own_answer(3)
+            await heads.pick(spoilt, best, int)
+        assert await heads.pick(partial(some_hidden, 1, seed=3), best, int) == own_answer(3)

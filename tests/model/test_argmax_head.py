@@ -11,6 +11,7 @@ from torch import Tensor
 from node.model.checkpoint.folder import HashMemo, open_folder
 from node.model.embed_and_head import load_embed_and_head
 from node.model.weights.argmax_head import ExactArgmax
+from node.model.weights.kernels import slices_for
 from node.model.weights.quantize import kernels
 from tests.model_fixtures import save_tiny
 
@@ -29,6 +30,7 @@ def whole(weight: Tensor, x: Tensor) -> Tensor:
 def assert_best(screen: ExactArgmax, weight: Tensor, x: Tensor) -> Tensor:
     found, expected = screen(x, 1), whole(weight, x)
     assert torch.equal(found.argmax(1), expected.argmax(1))
+    assert [screen.best(row, 1) for row in x.numpy()] == expected.argmax(1).tolist()
     there = torch.isfinite(found)
     assert torch.equal(found[there], expected[there])
     return there.sum(1)
@@ -78,6 +80,7 @@ def test_a_hidden_state_that_holds_no_number_is_told_as_it_is(bad):
     found, expected = ExactArgmax(weight)(x, 1), whole(weight, x)
     assert torch.equal(found[1].isnan(), expected[1].isnan())
     assert torch.equal(found[[0, 2]].argmax(1), expected[[0, 2]].argmax(1))
+    assert ExactArgmax(weight).best(x[1].numpy(), 1) == int(expected[1].argmax())
 
 
 def test_weights_that_are_no_numbers_are_refused():
@@ -103,3 +106,22 @@ def test_ends_find_the_same_token_with_a_screen_and_give_all_logits_to_who_wants
     assert best.shape == before.shape
     assert torch.equal(best.argmax(-1), before.argmax(-1))
     assert torch.equal(best.amax(-1), before.amax(-1))
+    for row, place in zip(hidden.flatten(0, 1), before.argmax(-1).flatten(), strict=True):
+        assert ends.best_of(row.view(1, 1, -1)) == place
+
+
+def test_a_product_for_several_threads_has_the_same_best():
+    weight = torch.randn(20_000, 1000, generator=seeded(11))
+    x = torch.randn(1000, generator=seeded(12)).numpy()
+    assert slices_for(weight.numel(), len(weight), 2) == 2
+    assert ExactArgmax(weight).best(x, 2) == ExactArgmax(weight).best(x, 1)
+
+
+def test_a_row_of_the_embedding_is_what_the_library_embeds(tmp_path):
+    save_tiny("llama", tmp_path / "model", max_shard_size="10MB")
+    folder = open_folder(tmp_path / "model", memo=HashMemo(tmp_path / "hashes.json"))
+    ends = load_embed_and_head(folder)
+    row = ends.row_of(7)
+    assert row is not None
+    assert torch.equal(torch.from_numpy(row), ends.embed(torch.tensor([[7]]), 0)[0, 0])
+    assert load_embed_and_head(folder, dtype=torch.bfloat16).row_of(7) is None

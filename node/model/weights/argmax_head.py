@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numba import types
+from numpy.typing import NDArray
 from torch import Tensor
 
 from node.model.weights.arena import WeightArena, arena_bytes
@@ -56,8 +57,8 @@ def _screened(
 
     products: addresses of `product_of` int8 and float32.  matrices: of the codes and of the weights.
     bounds: [3, outs]: of each row the norm of its error, its norm, the sum of its codes' sizes.
-    is_given: `out` holds the products with the codes.  Answers how many rows may be the largest; all of `out`
-    is to be computed where it is -1.
+    is_given: `out` holds the products with the codes.  Answers the place of the first largest one; all of
+    `out` is to be computed where it is -1.
     """
     outs, k = scale.size, x.size
     total, most = _f(0), _f(0)
@@ -77,7 +78,7 @@ def _screened(
         bound = errors[i] * by_error + norms[i] * by_norm + sums[i] * by_sum
         least = max(least, out[i] - bound)
         out[i] += bound
-    left, most_left = 0, int(outs * MAX_LEFT)
+    left, most_left, best = 0, int(outs * MAX_LEFT), -1
     exact = np.empty(1, np.float32)
     for i in range(outs):
         if out[i] >= least:
@@ -87,9 +88,11 @@ def _screened(
             at = matrices[1] + i * k * 4
             call_at(products[1], (4, x_at, at, 0, 0, exact.ctypes.data, 1, 1, k, 1))
             out[i] = exact[0]
+            if best < 0 or out[i] > out[best]:
+                best = i
         else:
             out[i] = -_f(np.inf)
-    return left
+    return best
 
 
 @cache
@@ -133,18 +136,33 @@ class ExactArgmax:
         self._products = product_of(torch.int8).address, product_of(torch.float32).address
         self._matrices = codes.data_ptr(), weight.data_ptr()
         self._scale, self._bounds = scale.numpy(), bounds.numpy()
+        self._unused: list[
+            NDArray[np.float32]
+        ] = []  # memory for products, which the allocator would map anew
 
     def __call__(self, x: Tensor, threads: int) -> Tensor:
         """x: float32 [rows, k] -> [rows, outs]: the products that may be the largest, -inf for the others."""
-        rows, (outs, k) = len(x), self._weight.shape
-        is_given = rows > 1 or slices_for(outs * k, outs, threads) > 1
-        found = self._coarse(x, threads) if is_given else torch.empty(rows, outs)
-        lines, answers = x.contiguous().numpy(), found.numpy()
-        for row in range(rows):
-            left = self._screen(
-                self._products, self._matrices, self._scale, self._bounds, lines[row], answers[row],
-                self._rounding, is_given,
-            )  # fmt: skip
-            if left < 0:
+        found = self._coarse(x, threads)
+        for row in range(len(x)):
+            if self._place(x[row].contiguous().numpy(), found[row].numpy(), is_given=True) < 0:
                 found[row] = self._whole(x[row : row + 1], threads)[0]
         return found
+
+    def best(self, x: NDArray[np.float32], threads: int) -> int:
+        """x: [k] -> the place of the first largest product."""
+        outs, k = self._weight.shape
+        if slices_for(outs * k, outs, threads) > 1:
+            return int(self(torch.from_numpy(x)[None], threads).numpy().argmax())
+        out = self._unused.pop() if self._unused else np.empty(outs, np.float32)
+        place = self._place(x, out, is_given=False)
+        self._unused.append(out)
+        if place < 0:
+            place = int(self._whole(torch.from_numpy(x)[None], threads).numpy().argmax())
+        return place
+
+    def _place(self, x: NDArray[np.float32], out: NDArray[np.float32], *, is_given: bool) -> int:
+        return int(
+            self._screen(
+                self._products, self._matrices, self._scale, self._bounds, x, out, self._rounding, is_given
+            )
+        )
