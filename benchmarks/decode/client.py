@@ -15,6 +15,45 @@ import trio
 from client.config import ClientConfig
 from client.generation.generate import Token
 from client.swarm import Swarm, open_swarm
+from node.network.transport.link import SocketLink
+
+
+class OwnTime:
+    """The client's own part of each token: from an answer's bytes to those of the next step, less the head.
+
+    Means something where one generation is under way.  seconds: of the tokens since the last `take`.
+    """
+
+    def __init__(self, ends: Any, link: Any = SocketLink) -> None:  # Any: their methods are replaced
+        self._seconds: list[float] = []
+        self._received: float | None = None
+        self._head = 0.0
+        receive, send, best_of = link.receive_into, link.send_now, ends.best_of
+
+        async def receive_into(one: Any, buffer: memoryview) -> int:
+            size: int = await receive(one, buffer)
+            self._received, self._head = time.perf_counter(), 0.0
+            return size
+
+        def send_now(one: Any, data: memoryview) -> int:
+            size: int = send(one, data)
+            if self._received is not None and self._head:
+                self._seconds.append(time.perf_counter() - self._received - self._head)
+            self._received = None
+            return size
+
+        def timed(hidden: Any) -> int:
+            began = time.perf_counter()
+            place: int = best_of(hidden)
+            self._head += time.perf_counter() - began
+            return place
+
+        link.receive_into, link.send_now, ends.best_of = receive_into, send_now, timed
+
+    def take(self) -> list[float]:
+        """The seconds of each token, once."""
+        taken, self._seconds = self._seconds, []
+        return taken
 
 
 async def serve_lines(flags: argparse.Namespace) -> None:
@@ -22,10 +61,12 @@ async def serve_lines(flags: argparse.Namespace) -> None:
     config = ClientConfig(tuple(flags.peers), flags.model, threads=flags.threads, codec=flags.codec)
     async with open_swarm(config) as swarm:
         tokens: AsyncGenerator[Token, None] | None = None
+        own = OwnTime(swarm.local_model)
         while line := await trio.to_thread.run_sync(sys.stdin.readline):
             question = json.loads(line)
             if "step" not in question:
-                print(json.dumps(await answer(swarm, question)), flush=True)
+                own.take()
+                print(json.dumps({**await answer(swarm, question), "own": own.take()}), flush=True)
                 continue
             if question["step"] == 0:  # one token at a time, in turn with the reference's
                 tokens = swarm.generate(question["ids"], max_new_tokens=question["tokens"], temperature=0)

@@ -142,6 +142,7 @@ def measure(
         "share_of_reference": library["median"] / step["median"],
         "hop_overhead_ms": statistics.median(far - near for near, far in pairs) / flags.servers * 1e3,
         "wire_ms_per_hop": statistics.median(outside) / flags.servers * 1e3,
+        "client_ms_per_token": own_ms(rounds[1:]),
         "ttft_s": statistics.median(first),
         "ttft_max_s": max(first),
         "reference_ttft_s": statistics.median(each["seconds"][0] for each in alone[1:]),
@@ -172,6 +173,12 @@ def equal_share(tokens: Sequence[int], expected: Sequence[int]) -> float:
     longest = max(len(tokens), len(expected))
     pairs = enumerate(zip(tokens, expected, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(tokens), len(expected))) / longest
+
+
+def own_ms(rounds: Sequence[dict[str, Any]]) -> float | None:
+    """Milliseconds of a token in the client besides the head, median; None where several clients share it."""
+    seconds = [second for each in rounds if len(each["generations"]) == 1 for second in each["own"]]
+    return statistics.median(seconds) * 1e3 if seconds else None
 
 
 def client_rates(rounds: Sequence[Sequence[dict[str, Any]]], first: int) -> list[float]:

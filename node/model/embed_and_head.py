@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from node.config import ConfigError
 from node.model.blocks.kv_pages import tensor_bytes
-from node.model.blocks.rope import length_rope
+from node.model.blocks.rope import LengthRope, length_rope
 from node.model.blocks.span import LibraryConfig, class_and_config, load_trimmed, sliced_config
 from node.model.checkpoint.architecture import Architecture, architecture_of
 from node.model.checkpoint.folder import ModelFolder, read_json
@@ -54,7 +54,6 @@ class EmbedAndHead:
         self._base = model.get_submodule(architecture.prefix)
         self.remote = _remote(self._base, architecture)
         self.config = cast(LibraryConfig, model.config)
-        self.rope = length_rope(self.config)
         self.hidden_size = self.config.hidden_size
         parameter = next(model.parameters())
         self.dtype = parameter.dtype
@@ -69,6 +68,11 @@ class EmbedAndHead:
         self._exact_argmax: ExactArgmax | None = None
         self._norm: _Norm | None = None  # the compiled one
         self._threads = 1
+
+    @cached_property
+    def rope(self) -> LengthRope | None:
+        """The rule of angles that depend on the length; None where no angle does."""
+        return length_rope(self.config)
 
     @property
     def stateless(self) -> bool:
