@@ -71,8 +71,8 @@ SLICE_WORK = 1 << 23  # products in the smallest slice for a thread: handing it 
 CACHE_LINE = 64
 LARGEST = 32767  # the 16-bit value of a row's largest number
 INFINITY = 0xFF << 24  # the bits of float32 without the sign
-# Of k: so many products of 16-bit and 8-bit numbers, in half of a sum's lanes, fit 32 bits surely.  The halves
-# of the sums (see _IntegerTile) are below 2^24, and so exact in float32, up to a k of EXACT_WIDTH.
+# Of k: so many products of 16-bit and 8-bit numbers, in half of a sum's lanes, fit 32 bits surely.  The
+# halves of the sums (see _IntegerTile) are below 2^24, and so exact in float32, up to a k of EXACT_WIDTH.
 EXACT_NUMBERS = 1024
 EXACT_WIDTH = 1 << 16
 assert EXACT_NUMBERS // 2 * LARGEST * 128 < 1 << 31
@@ -521,20 +521,9 @@ def _one_row(
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _rows(
-    x_item: Any,
-    item: Any,
-    sizes: tuple[int, int],
-    x: int,
-    x_scale: int,
-    w: int,
-    scale: int,
-    bias: int,
-    out: int,
-    m: int,
-    n: int,
-    k: int,
-    stride: int,
-) -> None:
+    x_item: Any, item: Any, sizes: tuple[int, int], x: int, x_scale: int, w: int, scale: int, bias: int,
+    out: int, m: int, n: int, k: int, stride: int,
+) -> None:  # fmt: skip
     """out [m, n] (rows `stride` numbers apart) = x [m, k] @ w [n, k].T * scale [n] * x_scale [m] + bias [n].
 
     x_item, item: numbers of the types of x and of the weights; sizes: their bytes.  The others:
