@@ -19,6 +19,7 @@ from node.config import (
     DEFAULT_LISTEN,
     DEFAULT_MODEL,
     DTYPE_CHOICES,
+    KV_CACHE_DTYPES,
     LAN_LISTEN,
     QUANTIZE_CHOICES,
     BalanceConfig,
@@ -141,6 +142,13 @@ def _serve_parser() -> Parser:
         help="tokens of all sessions together in the KV cache (default: as many as fit)",
     )
     parser.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="keys and values in the KV cache on a CPU; auto: bfloat16 where matrices have 8 or 16 bits, else"
+        " as activations (default: auto)",
+    )
+    parser.add_argument(
         "--journal-tokens",
         type=at_least_none,
         metavar="N",
@@ -179,6 +187,7 @@ def _serve(words: list[str]) -> int:
         quantize=flags.quantize,
         threads=flags.threads,
         cache_tokens=flags.cache_tokens,
+        kv_cache_dtype=flags.kv_cache_dtype,
         journal_tokens=flags.journal_tokens,
         codec=flags.codec,
         balance=_balance(flags),

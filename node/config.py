@@ -27,6 +27,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DTYPE_CHOICES = ("auto", *DTYPES)
 LLM_INT8 = "llm_int8"  # int8 rows that bitsandbytes multiplies (arXiv:2208.07339), on CUDA alone
 QUANTIZE_CHOICES = (*QUANTIZE, LLM_INT8)
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float32")
 CODECS_OF_A_NODE = ("auto", "exact")
 
 
@@ -123,9 +124,10 @@ class NodeConfig:
     where the swarm needs them most; neither: as many as fit.  device: one name, or several
     ("cuda:0,cuda:1") that have the blocks one after the other.  tensor_parallel: the number of devices that
     divide each block among them.  threads: of torch; None: the cores divided by the servers on this machine,
-    which come and go.  cache_tokens: None for as many as fit.  journal_tokens: of outputs kept for replays;
-    None for as many as the caches hold.  codec: "auto": hidden states may lose a little on their way, where a
-    client asks for it and a link is slow; "exact": never here.  balance: unless `blocks` is
+    which come and go.  cache_tokens: None for as many as fit.  kv_cache_dtype: of keys and values, on a CPU;
+    "auto": see `cache_dtype_for`.  journal_tokens: of outputs kept for replays; None for as many as the
+    caches hold.  codec: "auto": hidden states may lose a little on their way, where a client asks for it and
+    a link is slow; "exact": never here.  balance: unless `blocks` is
     given.  adapters: at most four.  Raises ConfigError for a value of another kind or out of range.
     """
 
@@ -139,6 +141,7 @@ class NodeConfig:
     quantize: str | None = None  # int8 on CUDA, none elsewhere
     threads: int | None = None
     cache_tokens: int | None = None
+    kv_cache_dtype: str = "auto"
     journal_tokens: int | None = None
     codec: str = "auto"
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -168,6 +171,7 @@ class NodeConfig:
             for name, known in (
                 ("dtype", DTYPE_CHOICES),
                 ("quantize", (None, *QUANTIZE_CHOICES)),
+                ("kv_cache_dtype", KV_CACHE_DTYPES),
                 ("codec", CODECS_OF_A_NODE),
             ):
                 if (value := getattr(self, name)) not in known:

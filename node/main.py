@@ -38,6 +38,7 @@ from node.devices import (
     use_device,
 )
 from node.imports import uncollected_imports
+from node.model.checkpoint.architecture import architecture_of
 from node.model.parallel.lost import SpanLost
 from node.monitor.metrics.meters import BatchMeters, ServingMeters
 from node.monitor.vitals import write_vitals
@@ -288,8 +289,11 @@ async def find_setup(
     quantize, product = _quantize(config, model.info, device)
     room = await compute.run(placement.room)
     process = memory.process_bytes()
-    computes = await compute.run(_activations, dtype, product or quantize, device)
-    precision = Precision(dtype, quantize, computes, product, packs=config.codec == "auto")
+    architecture = architecture_of(model.info.architecture)
+    computes, cache = await compute.run(
+        _activations, dtype, product or quantize, device, config.kv_cache_dtype, architecture.fused
+    )
+    precision = Precision(dtype, quantize, computes, product, packs=config.codec == "auto", cache=cache)
     _warn_of_overflow(model.info, precision)
     known = await compute.run(known_seconds_per_block, model.info, placement, precision, threads)
     info = placement.sized(model.info)
@@ -587,16 +591,17 @@ def _devices_and_dtype(config: NodeConfig) -> tuple[tuple[str, ...], str, int]:
     return devices, dtype, torch.get_num_threads()
 
 
-def _activations(dtype: str, quantize: str, device: str) -> str:
-    """The dtype of a span's computation on this machine.  Runs in the torch thread.
+def _activations(dtype: str, quantize: str, device: str, chosen: str, fused: bool) -> tuple[str, str]:
+    """The dtypes of a span's hidden states and of its caches on this machine.  Runs in the torch thread.
 
-    Raises ConfigError.
+    chosen: of the caches, by the operator.  fused: see `Architecture`.  Raises ConfigError.
     """
     from node.model.blocks.span import DTYPES
-    from node.model.weights.quantize import has_bfloat16, packing_for
+    from node.model.weights.quantize import cache_dtype_for, has_bfloat16, packing_for
 
-    computes = packing_for(quantize, DTYPES[dtype], kind_of(device), bfloat16=has_bfloat16()).dtype
-    return next(name for name, known in DTYPES.items() if known == computes)
+    names = {known: name for name, known in DTYPES.items()}
+    packing = packing_for(quantize, DTYPES[dtype], kind_of(device), bfloat16=has_bfloat16())
+    return names[packing.dtype], names[cache_dtype_for(chosen, packing, kind_of(device), fused=fused)]
 
 
 def write_ready_file(

@@ -13,6 +13,7 @@ import client.connect
 import client.swarm
 import client.terminal
 import node.main
+import node.model.attention.decode
 import node.model.weights.decode_kernels
 import node.model.weights.kernels
 import node.monitor.status

@@ -56,8 +56,8 @@ class Precision:
     """The formats of a span's numbers, in memory and in computing: the bytes of the span follow from them.
 
     dtype: of the weights, as loaded.  quantize: how matrices are kept.  activations: the dtype of hidden
-    states and caches; "": the same as `dtype`.  product: how they are multiplied, where `quantize` leaves a
-    choice: "llm_int8".
+    states; "": the same as `dtype`.  product: how they are multiplied, where `quantize` leaves a choice:
+    "llm_int8".  cache: the dtype of keys and values; "": the same as that of hidden states.
     packs: whether hidden states may travel to and from it in int8o, where a client asks for it.
     """
 
@@ -66,6 +66,7 @@ class Precision:
     activations: str = ""
     product: str = ""
     packs: bool = True
+    cache: str = ""
 
     @property
     def packing(self) -> str:
@@ -74,8 +75,13 @@ class Precision:
 
     @property
     def computes(self) -> str:
-        """The dtype of hidden states and caches."""
+        """The dtype of hidden states."""
         return self.activations or self.dtype
+
+    @property
+    def caches(self) -> str:
+        """The dtype of keys and values in caches."""
+        return self.cache or self.computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +203,7 @@ def usable_bytes(info: ModelInfo, precision: Precision, device: str, free: int) 
 
 
 def _item_bytes(info: ModelInfo, precision: Precision) -> float:
-    """Of a number in hidden states and caches."""
+    """Of a number in hidden states."""
     return info.kv_bytes_per_token_per_block(precision.computes) / max(info.kv_values, 1)
 
 
@@ -229,6 +235,8 @@ def workspace_bytes(
     flash = has_own_memory(device) and architecture_of(info.architecture).fused
     scores = 0 if flash else CHUNK_POSITIONS * longest * heads * 4
     copied = cache_tokens * info.kv_bytes_per_token_per_block(precision.computes)
+    if precision.caches != precision.computes:  # gathered, then widened
+        copied += cache_tokens * info.kv_bytes_per_token_per_block(precision.caches)
     if flash:  # which has no float32: there keys and values are repeated for all heads
         heads_bytes = 2 * 4 * info.hidden_size if precision.computes == "float32" else 0
         copied = longest * max(info.kv_bytes_per_token_per_block(precision.computes), heads_bytes)
@@ -306,7 +314,7 @@ def memory_of(
     (`reserved_bytes`) are not in it.
     """
     limits = limits or Limits()
-    token_bytes = info.kv_bytes_per_token_per_block(precision.computes)
+    token_bytes = info.kv_bytes_per_token_per_block(precision.caches)
     adapters = adapter_bytes(info, blocks, precision, limits)
     return Memory(
         weights=blocks * info.block_bytes(precision.dtype, precision.quantize),
@@ -397,7 +405,7 @@ def cache_tokens_that_fit(
     on_gpu, most = has_own_memory(device), MAX_CACHE_TOKENS
     if info.max_position < UNBOUNDED_POSITIONS:
         most = max(most, int(info.max_position / USUAL.cache_share_per_peer))
-    token_bytes = info.kv_bytes_per_token_per_block(precision.computes) * blocks
+    token_bytes = info.kv_bytes_per_token_per_block(precision.caches) * blocks
     if not token_bytes:
         return most  # convolutions alone: nothing grows with the tokens
     weights = blocks * info.block_bytes(precision.dtype, precision.quantize)
@@ -459,7 +467,7 @@ def blocks_that_fit(
     left = usable - workspace_bytes(info, precision, cache_tokens, device=device)
     if has_own_memory(device):
         left -= _besides_cache(info, info.blocks, precision, free)
-    one = memory_needed(info, 1, precision.dtype, cache_tokens, precision.quantize, precision.computes)
+    one = memory_needed(info, 1, precision.dtype, cache_tokens, precision.quantize, precision.caches)
     return max(0, min(info.blocks, int(left // one)))
 
 
@@ -477,7 +485,7 @@ def check_fits(
     Raises ConfigError if `free` bytes are too few; on a GPU if they leave no reserve (`reserved_bytes`).
     """
     dtype, quantize = precision.dtype, precision.quantize
-    needed = memory_needed(info, blocks, dtype, cache_tokens, quantize, precision.computes)
+    needed = memory_needed(info, blocks, dtype, cache_tokens, quantize, precision.caches)
     needed += workspace_bytes(info, precision, cache_tokens, step_tokens, device)
     reserve = reserved_bytes(info, precision, device, free)
     if needed + reserve > free:

@@ -22,7 +22,7 @@ from node.devices import empty_cache, kind_of
 from node.model.adapters.kernels import prepare
 from node.model.adapters.prefix import guest_shapes
 from node.model.blocks.forward_backward import kinds_of_blocks, measure_activations
-from node.model.blocks.span import Span
+from node.model.blocks.span import DTYPES, Span
 from node.model.checkpoint.folder import ModelFolder
 from node.model.checkpoint.info import ModelInfo
 from node.model.checkpoint.tensors import block_tensors
@@ -293,7 +293,8 @@ async def load_served_span(
     rates = await compute.run(rates_at_start, span, file, key)
     limits = setup.limits
     engine = Engine(span, compute, rates, limits, meters=setup.meters, policy=policy_for(setup.device))
-    pool = await compute.run(span.new_arena, setup.cache_tokens, setup.info.max_position)
+    kept = DTYPES[setup.precision.caches]
+    pool = await compute.run(span.new_arena, setup.cache_tokens, setup.info.max_position, kept)
     await compute.run(span.record, pool)
     budget = CacheBudget(
         pool.free_tokens, limits.cache_share_per_peer, limits.least_share_tokens, pool.page_tokens,

@@ -48,7 +48,7 @@ def both(
 
 def poisoned(span: Span, tokens: int = 800) -> tuple[Span, list[SpanCache]]:
     """A page pool in which other sessions have left NaN everywhere but in nobody's page."""
-    pool = span.new_arena(tokens)
+    pool = span.new_arena(tokens, dtype=span.dtype)
     for store in (*pool.keys, *pool.values):
         store[: pool.nobodys_page * pool.page_tokens].fill_(float("nan"))
     return span, [pool.open(1, 128) for _ in range(4)]
@@ -58,7 +58,7 @@ def poisoned(span: Span, tokens: int = 800) -> tuple[Span, list[SpanCache]]:
 def test_prefills_and_decode_steps_are_the_compiled_ones(folder, quantize):
     ours, theirs = both(folder, quantize)
     generator = torch.Generator().manual_seed(1)
-    mine, other = ours.new_cache(2, 64), theirs.new_cache(2, 64)
+    mine, other = (span.new_cache(2, 64, span.dtype) for span in (ours, theirs))
     position = 0
     for tokens in (9, 1, 4, 1, 1, 12, 17):
         hidden = torch.randn(2, tokens, ours.hidden_size, generator=generator)

@@ -61,7 +61,7 @@ def test_every_way_gives_what_the_librarys_block_gives(folder, quantize, dtype):
     # Beside int8 rows are rounded to 16 bits, and one that differs in its last bit may round otherwise.
     tolerance = TOLERANCE if quantize == "none" else 1e-4
     generator = torch.Generator().manual_seed(1)
-    caches = [(ours.new_cache(2, 64), theirs.new_cache(2, 64))]
+    caches = [(ours.new_cache(2, 64, ours.dtype), theirs.new_cache(2, 64, ours.dtype))]
     position = 0
     for tokens in (9, 1, 4, 1, 1, 12):
         hidden = torch.randn(2, tokens, ours.hidden_size, generator=generator)
@@ -127,6 +127,37 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(folder, dtype, quantize):
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "cached"),
+    [
+        (torch.float32, "none", torch.float32),
+        (torch.float32, "int8", torch.bfloat16),
+        (torch.bfloat16, "none", torch.bfloat16),
+    ],
+)
+def test_a_cache_in_bfloat16_gives_nearly_the_same(folder, dtype, quantize, cached, monkeypatch):
+    span = load_span(folder, 0, BLOCKS, dtype=dtype, quantize=quantize)
+    assert span.new_arena(64).dtype == cached
+    generator = torch.Generator().manual_seed(9)
+    prompt, rows = (torch.randn(1, n, span.hidden_size, generator=generator) for n in (21, 3))
+    answers = []
+    for kept, compiled in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        with monkeypatch.context() as patch:
+            if not compiled:
+                patch.setattr(type(span._fused), "_compiled", lambda self, hidden: False)
+            cache = span.new_cache(1, 64, kept)
+            got = [span.forward(prompt[:, :16], cache, 0), span.forward(prompt[:, 16:], cache, 16)]
+            for i in range(3):
+                cache.reserve(cache.length + 1)
+                got.append(span.decode(rows[:, i], [cache], 0, BLOCKS)[:, None])
+                cache.length += 1
+        assert span.dtype == got[-1].dtype
+        answers.append(torch.cat(got, 1))
+    if span.dtype == torch.float32:
+        assert 0 < (answers[1] - answers[0]).norm() < 0.02 * answers[0].norm()
+        assert_close(answers[2], answers[1], 1e-3)
+
+
 def test_float32_steps_of_several_tokens_go_where_they_are_fastest(folder, monkeypatch):
     calls = []
     span = load_span(folder, 0, BLOCKS)
@@ -183,12 +214,13 @@ def test_several_threads_change_no_bit_of_a_block():
     for threads in (None, 2):
         before, after = decode_kernels.halves(dtype, together=threads is not None)
         keys, values = (np.zeros((rows, 4, head), np.float32) for _ in range(2))
+        store = np.array([keys.ctypes.data, values.ctypes.data, 4, head, 4])
         qkv, residual = np.zeros((rows, 1024), np.float32), hidden.copy()
         with kernels.team(threads or 1) as together:
             assert together == (threads is not None)
             before(
-                0, 1, threads, qkv_at, norm, 1e-5, residual, qkv, 8, keys, values, places, slots, angles,
-                angles, True, empty, empty, updates.ctypes.data, 0,
+                0, 1, threads, qkv_at, norm, 1e-5, residual, qkv, 8, store, places, slots, angles, angles,
+                True, empty, empty, updates.ctypes.data, 0,
             )  # fmt: skip
             after(
                 0, 1, threads, out_at, norm, 1e-5, gate_up_at, down_at, inner, qkv[:, :512].copy(), residual,

@@ -35,6 +35,7 @@ from node.model.weights.quantize import (
     PackedLinear,
     Packing,
     SideBySide,
+    cache_dtype_for,
     dequantize_rows,
     fits_int8pack,
     measured_plan,
@@ -668,6 +669,29 @@ def test_what_is_kept_and_computed_follows_from_device_and_wish(quantize, dtype,
     assert packing_for(quantize, dtype, device, bfloat16=hardware) == packing
 
 
+@pytest.mark.parametrize(
+    ("packing", "fused", "dtype"),
+    [
+        (Packing("plain", F32), True, F32),
+        (Packing("int8", F32), True, BF16),
+        (Packing("bfloat16", F32), True, BF16),
+        (Packing("bfloat16", F32), False, F32),  # the library would widen the whole cache in every step
+        (Packing("nf4", F32), True, F32),
+        (Packing("plain", BF16), True, BF16),
+        (Packing("plain", F16), False, F16),
+    ],
+)
+def test_a_cache_is_smaller_where_matrices_are(packing, fused, dtype):
+    assert cache_dtype_for("auto", packing, "cpu", fused=fused) == dtype
+    assert cache_dtype_for("auto", packing, "cuda", fused=fused) == packing.dtype
+    for chosen in (F32, BF16):
+        name = str(chosen).removeprefix("torch.")
+        assert cache_dtype_for(name, packing, "cpu", fused=fused) == chosen
+        if packing.dtype != chosen:
+            with pytest.raises(ConfigError, match=f"{name} is for cpu; on cuda it is in "):
+                cache_dtype_for(name, packing, "cuda", fused=fused)
+
+
 def test_a_quantisation_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="'int4' is not one of none, int8, nf4"):
         packing_for("int4", F32, "cpu", bfloat16=False)
@@ -701,7 +725,7 @@ def with_weights(folder: ModelFolder, change) -> ModelFolder:
 
 
 def outputs(span: Span, tokens: int = 6) -> Tensor:
-    cache = span.new_cache(2, 64)
+    cache = span.new_cache(2, 64, span.dtype)
     hidden = torch.randn(2, tokens, span.hidden_size, generator=seeded(20))
     first = span.forward(hidden[:, :-1], cache, 0)
     return torch.cat([first, span.forward(hidden[:, -1:], cache, tokens - 1)], 1).float()

@@ -41,6 +41,7 @@ MANY_PARAMETERS = {
     "client.swarm.Swarm.open_chain": "a session as its openers know it, by name",
     "client.hf.auto": "the arguments that transformers and Petals have, by name",
     "node.model.weights.kernels": "compiled: numba and LLVM take flat arguments",
+    "node.model.attention": "compiled: numba and LLVM take flat arguments",
     "node.model.weights.decode_kernels": "compiled: numba and LLVM take flat arguments",
     "node.serving.executor.engine.Engine.step": "a step as its session knows it, by name",
     "node.model.cuda": "operations of torch and kernels: they take flat arguments",

@@ -136,7 +136,7 @@ def test_without_a_folder_each_process_compiles_in_memory(
     assert (compiler.asked, clock.seconds) == ([False], 0.0)
 
 
-OF_OURS = compile("def twice(x):\n    return 2 * x\n", str(kernel_cache.HERE / "kernels.py"), "exec")
+OF_OURS = compile("def twice(x):\n    return 2 * x\n", str(kernel_cache.HERE / "weights/kernels.py"), "exec")
 
 
 def compiled_here() -> tuple[int, int]:

@@ -271,8 +271,9 @@ def test_rows_of_bitsandbytes_are_int8_for_everybody_else(asked, kept, device, f
 
 def test_bitsandbytes_rows_are_refused_where_there_is_no_cuda():
     with pytest.raises(ConfigError, match="llm_int8 works on cuda, not on cpu"):
-        main._activations("bfloat16", "llm_int8", "cpu")
-    assert main._activations("bfloat16", "llm_int8", "cuda:1") == "bfloat16"
+        main._activations("bfloat16", "llm_int8", "cpu", "auto", True)
+    found = main._activations("bfloat16", "llm_int8", "cuda:1", "auto", True)
+    assert found == ("bfloat16", "bfloat16")
 
 
 @pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3_text", "llama"])

@@ -55,6 +55,18 @@ def test_in_eight_bits_more_blocks_fit_and_the_cache_is_as_large_as_before():
     assert memory.memory_of(info, 4, Precision("bfloat16"), 2048).cache == 4 * MIB
 
 
+def test_a_smaller_cache_has_room_for_more_tokens():
+    info, small = model(40), replace(INT8, cache="bfloat16")
+    assert memory.memory_of(info, 4, small, 2048).cache == 4 * MIB
+    tokens = [memory.cache_tokens_that_fit(info, 40, each, 3000 * MIB) for each in (INT8, small)]
+    assert tokens[1] > 1.9 * tokens[0]
+    assert memory.check_fits(info, 4, small, 2048, 1000 * MIB) < memory.check_fits(
+        info, 4, INT8, 2048, 1000 * MIB
+    )
+    blocks = [memory.blocks_that_fit(info, each, 8192, 250 * MIB) for each in (INT8, small)]
+    assert blocks[1] > blocks[0]
+
+
 def test_a_span_that_does_not_fit_says_how_many_blocks_would():
     room = memory.workspace_bytes(model(), PLAIN, 2048)
     free = room + 12 * MIB

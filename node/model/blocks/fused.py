@@ -31,7 +31,14 @@ from torch.nn import functional
 from node.model.adapters.low_rank import Groups
 from node.model.adapters.products import QKV, Products
 from node.model.blocks.device.steps import DeviceSteps
-from node.model.blocks.fused_block import FusedBlock, Heads, decode_kernels, kept_in
+from node.model.blocks.fused_block import (
+    FusedBlock,
+    Heads,
+    decode_attention,
+    decode_kernels,
+    kept_in,
+    place_of,
+)
 from node.model.blocks.kv_pages import PagePool
 from node.model.checkpoint.architecture import Architecture
 from node.model.weights.arena import WeightArena, arena_bytes
@@ -149,12 +156,12 @@ class FusedSpan:
         self._angles: tuple[Tensor, Tensor] | None = None
         kept = {kept_in(linear) for block in blocks for linear in block.matrices}
         # The dtype that the compiled kernels read, if all matrices have one dtype.
-        self._kept = kept.pop() if len(kept) == 1 else None
+        self.kept = kept.pop() if len(kept) == 1 else None
         self._config = config
         self.steps = DeviceSteps(self.blocks, start, heads, rotary)
         # None on a CPU, where compiled code, or else torch's, computes each step.
         self.on_device = None if self.steps.device.type == "cpu" else self.steps
-        self._float_plan = _float_plan(self.blocks, self._kept) if self.on_device is None else None
+        self._float_plan = _float_plan(self.blocks, self.kept) if self.on_device is None else None
 
     def part(self, start: int, stop: int) -> FusedSpan:
         """A run of the blocks [start, stop) alone."""
@@ -209,8 +216,8 @@ class FusedSpan:
         low = Products(where.groups, where.pool.start + index, len(hidden))
         q, k, v = self._query_key_value(block, hidden, *where.angles, low)
         keys, values = where.pool.keys[index], where.pool.values[index]
-        keys.index_copy_(0, where.write, k.reshape(-1, *keys.shape[1:]))
-        values.index_copy_(0, where.write, v.reshape(-1, *values.shape[1:]))
+        keys.index_copy_(0, where.write, k.reshape(-1, *keys.shape[1:]).to(keys.dtype))
+        values.index_copy_(0, where.write, v.reshape(-1, *values.shape[1:]).to(values.dtype))
         return self._after(block, hidden, self._attended(index, block, q, k, v, where), low)
 
     def _compiled_block(
@@ -229,12 +236,12 @@ class FusedSpan:
         low = _address(updates), where.pool.start + index
         residual = hidden.view(batch * tokens, width).numpy()
         qkv = torch.empty(batch, tokens, (self.heads + 2 * self.key_heads) * self.head_dim)
-        keys, values = where.pool.keys[index].numpy(), where.pool.values[index].numpy()
         cos, sin = (angles[:, 0].numpy() for angles in where.angles)
         places = np.tile(np.arange(tokens), batch)
         before(
-            it.qkv, it.norm, block.eps, residual, qkv.view(batch * tokens, -1).numpy(), self.heads, keys,
-            values, places, where.write.numpy(), cos, sin, block.rotary, it.query_norm, it.key_norm, *low,
+            it.qkv, it.norm, block.eps, residual, qkv.view(batch * tokens, -1).numpy(), self.heads,
+            place_of(where.pool, index), places, where.write.numpy(), cos, sin, block.rotary, it.query_norm,
+            it.key_norm, *low,
         )  # fmt: skip
         attended = self._attended(index, block, *self._split(qkv), where).reshape(batch * tokens, -1)
         after(
@@ -248,7 +255,7 @@ class FusedSpan:
         """Attention of new positions over new and earlier positions: [batch, tokens, heads * head_dim]."""
         if where.position:
             k, v = (
-                store.index_select(0, where.read).view(len(q), -1, *store.shape[1:])
+                store.index_select(0, where.read).view(len(q), -1, *store.shape[1:]).to(q.dtype)
                 for store in (where.pool.keys[index], where.pool.values[index])
             )
         mask = where.masks[block.window]
@@ -310,8 +317,8 @@ class FusedSpan:
             low = Products(groups, pool.start + index, rows)
             q, k, v = self._query_key_value(block, hidden, cos, sin, low)
             keys, values = pool.keys[index], pool.values[index]
-            keys.index_copy_(0, write, k[:, 0])
-            values.index_copy_(0, write, v[:, 0])
+            keys.index_copy_(0, write, k[:, 0].to(keys.dtype))
+            values.index_copy_(0, write, v[:, 0].to(values.dtype))
             visible = seen <= places[:, None]
             if block.window:
                 visible = visible & (seen > places[:, None] - block.window)
@@ -319,6 +326,7 @@ class FusedSpan:
                 store.index_select(0, read.reshape(-1)).view(rows, longest, *store.shape[1:]).transpose(1, 2)
                 for store in (keys, values)
             )
+            k, v = k.to(q.dtype), v.to(q.dtype)
             # The queries of one key head take the axis of positions, so no key is repeated.
             grouped = q.view(rows, self.key_heads, -1, self.head_dim)
             attended = functional.scaled_dot_product_attention(
@@ -338,10 +346,10 @@ class FusedSpan:
         groups: Groups,
     ) -> Tensor:
         """`decode` in three compiled calls a block: before attention, attention over pages, and after it."""
-        found = decode_kernels()
+        found = decode_attention()
         assert found is not None
         assert self._angles is not None
-        attend = found.attention(self.head_dim, self.heads // self.key_heads)
+        attend = found.attend_for(pool.dtype, self.head_dim)
         cos, sin = (angles.numpy() for angles in self._angles)
         table = pool.table(numbers, -(-(int(lengths.max()) + 1) // pool.page_tokens))
         slots = pool.slots_of(numbers, lengths)
@@ -351,16 +359,21 @@ class FusedSpan:
         residual, rows = hidden.numpy(), len(hidden)
         qkv = np.empty((rows, (self.heads + 2 * self.key_heads) * self.head_dim), np.float32)
         attended = np.empty((rows, self.heads * self.head_dim), np.float32)
-        seen, page = lengths + 1, pool.page_tokens
+        seen = lengths + 1
+        sizes = self.key_heads, self.heads // self.key_heads, self.head_dim
+        rows_at = table.ctypes.data, table.shape[1], seen.ctypes.data, pool.page_tokens
+        q, to = qkv.ctypes.data, attended.ctypes.data
         with self._halves() as (before, after):
             for index, block in self._numbered(start, stop, pool):
-                it = block.compiled
-                keys, values = pool.keys[index].numpy(), pool.values[index].numpy()
+                it, place = block.compiled, place_of(pool, index)
                 before(
-                    it.qkv, it.norm, block.eps, residual, qkv, self.heads, keys, values, lengths, slots, cos,
+                    it.qkv, it.norm, block.eps, residual, qkv, self.heads, place, lengths, slots, cos,
                     sin, block.rotary, it.query_norm, it.key_norm, low, pool.start + index,
                 )  # fmt: skip
-                attend(qkv, keys, values, table, seen, page, block.scale, block.window, attended)
+                keys, values = place[:2].tolist()
+                attend(
+                    q, qkv.shape[1], rows, *sizes, keys, values, *rows_at, block.scale_bits, block.window, to,
+                )  # fmt: skip
                 after(
                     it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended, residual, low,
                     pool.start + index,
@@ -384,7 +397,7 @@ class FusedSpan:
     @contextmanager
     def _halves(self) -> Iterator[Halves]:
         """A block before and after attention as compiled code, for as many threads as torch has."""
-        found, kept, threads = decode_kernels(), self._kept, torch.get_num_threads()
+        found, kept, threads = decode_kernels(), self.kept, torch.get_num_threads()
         assert found is not None
         assert kept is not None
         with found.kernels.team(threads) as together:
@@ -425,7 +438,9 @@ class FusedSpan:
 
     def _compiled(self, hidden: Tensor) -> bool:
         """Whether the kernels may be used."""
-        usable = self._kept is not None and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
+        if self.head_dim % 2:
+            return False
+        usable = self.kept is not None and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
         return usable and decode_kernels() is not None
 
     def _compiled_for(self, rows: int) -> bool:
@@ -454,7 +469,7 @@ def _float_plan(blocks: Sequence[FusedBlock], kept: torch.dtype | None) -> Plan 
 
 def is_compiled(span: FusedSpan) -> bool:
     """Whether `decode` of float32 rows is our own kernels' alone."""
-    return span._kept is not None and span.on_device is None and decode_kernels() is not None
+    return span.kept is not None and span.on_device is None and decode_kernels() is not None
 
 
 def _address(updates: NDArray[np.int64]) -> int:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from node.model.blocks.kv_pages import PagePool
 from node.model.weights.quantize import PackedLinear, kernels
 
 _NOTHING = np.empty(0, np.float32)
@@ -75,6 +76,11 @@ class FusedBlock:
         return self.qkv, self.out, self.gate_up, self.down
 
     @cached_property
+    def scale_bits(self) -> int:
+        """The scale as compiled attention takes it: the bits of a float32."""
+        return int(np.float32(self.scale).view(np.int32))
+
+    @cached_property
     def compiled(self) -> Compiled:
         """The block for the kernels.  The layers' tensors must keep their addresses from now on."""
         qkv, out, gate_up, down = (_addresses(matrix) for matrix in self.matrices)
@@ -89,6 +95,17 @@ class FusedBlock:
             down=down,
             inner=cast(Tensor, self.gate_up.weight).shape[0] // 2,
         )
+
+
+def place_of(pool: PagePool, index: int) -> NDArray[np.int64]:
+    """A block's stores on a CPU as compiled code takes them, by the block's number in the pool.
+
+    The addresses of keys and values, heads and head_dim, bytes of a number.
+    """
+    keys = pool.keys[index]
+    _, heads, head_dim = keys.shape
+    addresses = keys.data_ptr(), pool.values[index].data_ptr()
+    return np.array((*addresses, heads, head_dim, keys.element_size()), np.int64)
 
 
 def kept_in(linear: nn.Module) -> torch.dtype | None:
@@ -115,3 +132,12 @@ def decode_kernels() -> ModuleType | None:
     from node.model.weights import decode_kernels
 
     return decode_kernels
+
+
+def decode_attention() -> ModuleType | None:
+    """node/model/attention/decode.py; None where numba cannot be imported."""
+    if kernels() is None:
+        return None
+    from node.model.attention import decode
+
+    return decode

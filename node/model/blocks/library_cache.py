@@ -144,8 +144,8 @@ class ArenaRun(_FullAttention):
         written = self._stage[self._write]
         store.index_copy_(0, written, new.transpose(1, 2).reshape(-1, *store.shape[1:]).to(store.dtype))
         if self._first is not None:
-            return store.narrow(0, self._first, self.length).transpose(0, 1).unsqueeze(0)
-        gathered = store.index_select(0, self._stage[self._read])
+            return store.narrow(0, self._first, self.length).to(new.dtype).transpose(0, 1).unsqueeze(0)
+        gathered = store.index_select(0, self._stage[self._read]).to(new.dtype)
         return gathered.view(self.rows, self.length, *store.shape[1:]).transpose(1, 2)
 
     # The library's questions to a cache.  All blocks have seen the same tokens, so the answers do not

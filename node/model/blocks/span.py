@@ -50,8 +50,11 @@ from node.model.llama.loading import load_own
 from node.model.llama.modules import LlamaForCausalLM, LlamaModel
 from node.model.weights.quantize import (
     Experts,
+    Kind,
     Matrix,
+    Packing,
     await_matrices,
+    cache_dtype_for,
     fill,
     has_bfloat16,
     misplaced,
@@ -75,6 +78,7 @@ _UNLOADABLE = (
     RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError,
     AssertionError, OverflowError, ImportError,
 )  # fmt: skip
+_KINDS: dict[torch.dtype | None, Kind] = {torch.int8: "int8", torch.bfloat16: "bfloat16"}
 
 
 class LibraryConfig(Protocol):
@@ -122,6 +126,10 @@ class Span:
         fused = self._fused if self.dtype == torch.float32 else None
         # Our own kernels are at home in no thread; torch keeps workers for every thread that multiplies.
         self.in_any_thread = fused is not None and is_compiled(fused)
+        # Of keys and values, where nobody chooses another one.
+        kept = None if self._fused is None else self._fused.kept
+        packing = Packing(_KINDS.get(kept, "plain"), self.dtype)
+        self.cache_dtype = cache_dtype_for("auto", packing, self.device.type, fused=self._fused is not None)
         found = [shapes_of(block) for block in _blocks(model, architecture)]
         # Numbers in the matrices of a block, on the average: what an adapter's are compared with.
         self.block_values = sum(ins * outs for block in found for ins, outs in block.values()) / len(found)
@@ -191,21 +199,29 @@ class Span:
         model = _holding(self.model, self.architecture, blocks, cast(Any, self.model).config)
         return Span(model, self.architecture, start, start + len(blocks), made)
 
-    def new_arena(self, tokens: int, max_length: int | None = None) -> PagePool:
-        """A page pool for the keys and values of `tokens` positions, in rows of up to `max_length`."""
+    def new_arena(
+        self, tokens: int, max_length: int | None = None, dtype: torch.dtype | None = None
+    ) -> PagePool:
+        """A page pool for the keys and values of `tokens` positions, in rows of up to `max_length`.
+
+        dtype: of keys and values, float32 or bfloat16 on a CPU; None for `cache_dtype`.
+        """
         return PagePool(
             self.start,
             self.shapes,
             tokens,
             max_length or self.max_length,
-            dtype=self.dtype,
+            dtype=dtype or self.cache_dtype,
             device=self.device,
         )
 
-    def new_cache(self, batch: int, max_length: int) -> SpanCache:
-        """An empty cache of `batch` rows in a page pool of its own; it takes memory as it fills."""
+    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> SpanCache:
+        """An empty cache of `batch` rows in a page pool of its own; it takes memory as it fills.
+
+        dtype: see `new_arena`.
+        """
         row = -(-max_length // PAGE_TOKENS) * PAGE_TOKENS
-        return self.new_arena(batch * row, max_length).open(batch, max_length)
+        return self.new_arena(batch * row, max_length, dtype).open(batch, max_length)
 
     @torch.inference_mode()
     def forward(

@@ -71,7 +71,7 @@ class ModelInfo:
         )
 
     def kv_bytes_per_token_per_block(self, dtype: str = "float32") -> int:
-        """Bytes that a block's cache takes for each token.  dtype: of the activations."""
+        """Bytes that a block's cache takes for each token.  dtype: of the cache."""
         return self.kv_values * _item_bytes(dtype)
 
 
@@ -137,15 +137,15 @@ def memory_needed(
     dtype: str,
     cache_tokens: int,
     quantize: str = "none",
-    activations: str | None = None,
+    cache: str | None = None,
 ) -> int:
     """Bytes for the weights of `n_blocks` blocks and a cache of `cache_tokens` tokens in each.
 
-    activations: the dtype of activations and caches, where it is not `dtype` (see `packing_for` in
+    cache: the dtype of caches, where it is not `dtype` (see `cache_dtype_for` in
     node/model/weights/quantize.py).  The process's own memory (about 400 MiB with torch, transformers and
     libp2p) comes on top.
     """
-    a_token = info.kv_bytes_per_token_per_block(activations or dtype)
+    a_token = info.kv_bytes_per_token_per_block(cache or dtype)
     return n_blocks * (info.block_bytes(dtype, quantize) + cache_tokens * a_token)
 
 

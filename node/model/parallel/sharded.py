@@ -164,12 +164,15 @@ class ShardedSpan(Span):
         self.team.tell(commands.JOIN, span=number, of=[span.number for span in spans])
         return ShardedSpan(own, self.team, number)
 
-    def new_arena(self, tokens: int, max_length: int | None = None) -> ShardedPool:  # type: ignore[override]
+    def new_arena(  # type: ignore[override]
+        self, tokens: int, max_length: int | None = None, dtype: torch.dtype | None = None
+    ) -> ShardedPool:
         """Page pools for the keys and values of `tokens` positions, one at each rank."""
-        own, number = self.own.new_arena(tokens, max_length), self.team.number()
+        own, number = self.own.new_arena(tokens, max_length, dtype), self.team.number()
         self.team.tell(
-            commands.ARENA, pool=number, span=self.number, tokens=tokens, max_length=own.max_length
-        )
+            commands.ARENA, pool=number, span=self.number, tokens=tokens, max_length=own.max_length,
+            dtype=str(own.dtype).removeprefix("torch."),
+        )  # fmt: skip
         return ShardedPool(own, self.team, number)
 
     def record(self, pool: ShardedPool) -> None:  # type: ignore[override]
@@ -178,9 +181,11 @@ class ShardedSpan(Span):
         with self.team.in_step(RECORD_SECONDS):
             self.own.record(pool.own)
 
-    def new_cache(self, batch: int, max_length: int) -> ShardedCache:  # type: ignore[override]
+    def new_cache(  # type: ignore[override]
+        self, batch: int, max_length: int, dtype: torch.dtype | None = None
+    ) -> ShardedCache:
         """See `Span.new_cache`."""
-        return cast(ShardedCache, super().new_cache(batch, max_length))
+        return cast(ShardedCache, super().new_cache(batch, max_length, dtype))
 
     @torch.inference_mode()
     def forward(  # type: ignore[override]

@@ -195,6 +195,7 @@ class SplitSpan(Span):
         shapes = placed([shape for shape, _ in both], [place for _, place in both])
         whole = first._of(blocks, first.start, (None, shapes))
         super().__init__(whole.model, first.architecture, whole.start, whole.stop, (None, shapes))
+        self.cache_dtype = first.cache_dtype
 
     @property
     def block_devices(self) -> dict[int, torch.device]:
@@ -230,12 +231,15 @@ class SplitSpan(Span):
                 )
         return SplitSpan(parts, self.devices)
 
-    def new_arena(self, tokens: int, max_length: int | None = None) -> SplitPool:  # type: ignore[override]
+    def new_arena(  # type: ignore[override]
+        self, tokens: int, max_length: int | None = None, dtype: torch.dtype | None = None
+    ) -> SplitPool:
         """Page pools for the keys and values of `tokens` positions, one on each device."""
         shapes, most = cast(PlacedShapes, self.shapes), max_length or self.max_length
+        kept = dtype or self.cache_dtype
         return SplitPool(
             [
-                PagePool(self.start, shapes.at(place), tokens, most, dtype=self.dtype, device=device)
+                PagePool(self.start, shapes.at(place), tokens, most, dtype=kept, device=device)
                 for place, device in enumerate(self.devices)
             ]
         )  # fmt: skip
@@ -246,9 +250,11 @@ class SplitSpan(Span):
             with launching_on(part.span.device):
                 part.span.record(pool.pools[part.place])
 
-    def new_cache(self, batch: int, max_length: int) -> SplitCache:  # type: ignore[override]
+    def new_cache(  # type: ignore[override]
+        self, batch: int, max_length: int, dtype: torch.dtype | None = None
+    ) -> SplitCache:
         """See `Span.new_cache`."""
-        return cast(SplitCache, super().new_cache(batch, max_length))
+        return cast(SplitCache, super().new_cache(batch, max_length, dtype))
 
     @torch.inference_mode()
     def forward(  # type: ignore[override]

@@ -111,8 +111,12 @@ class _Rank:
         self.spans[message["span"]] = first.joined(others)
 
     def _arena(self, message: Message) -> None:
+        from node.model.blocks.span import DTYPES
+
         span = self.spans[message["span"]]
-        self.pools[message["pool"]] = span.new_arena(message["tokens"], message["max_length"])
+        self.pools[message["pool"]] = span.new_arena(
+            message["tokens"], message["max_length"], DTYPES[message["dtype"]]
+        )
 
     def _hold(self, message: Message) -> None:
         start, stop = message["run"]

@@ -1,8 +1,9 @@
-"""A fused block in three compiled calls: before attention, attention over pages, and after it.
+"""A fused block before attention and after it, each in one compiled call.
 
 At one position a row, the values between two matrices are a few hundred numbers, and torch's dispatch costs
-more than their arithmetic.  torch's attention would also have to gather the pages first.  The matrices are
-node/model/weights/kernels.py's.  Everything is float32 on the CPU.  Importing this module imports numba.
+more than their arithmetic.  The matrices are node/model/weights/kernels.py's, and attention is
+node/model/attention's.  Everything is float32 on the CPU, but the stores of keys and values may be bfloat16.
+Importing this module imports numba.
 
 Each row is computed by itself in one order, so its result has the same bits alone and in any batch.
 """
@@ -19,6 +20,7 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
+from node.model.attention.stores import keep
 from node.model.weights import kernels
 from node.model.weights.compiling import compiled
 from node.model.weights.low_rank_kernel import word
@@ -29,7 +31,7 @@ _FAST = {"reassoc", "nsz", "contract", "arcp"}
 _f = np.float32
 # The linears of a block that an adapter may add to, in the order of its table.
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_HIDDEN, _STORE, _TABLE = "float32[:, ::1]", "float32[:, :, ::1]", "int64[:, :]"
+_HIDDEN = "float32[:, ::1]"
 
 
 def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -70,26 +72,22 @@ def _norm_and_rotate(head: Any, weight: Any, eps: Any, cos: Any, sin: Any, rotar
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def _rotated_and_kept(
-    qkv: Any, heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
+    qkv: Any, heads: Any, store: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
     query_norm: Any, key_norm: Any, eps: Any,
 ) -> None:  # fmt: skip
     """Rotate queries and keys in place and put keys and values into the stores; see `halves`."""
-    key_heads, size = keys.shape[1], keys.shape[2]
+    key_heads, size = store[2], store[3]
     for row in range(qkv.shape[0]):
         row_cos, row_sin = cos[positions[row]], sin[positions[row]]
         line, slot = qkv[row], slots[row]
         for head in range(heads):
             _norm_and_rotate(line[head * size : (head + 1) * size], query_norm, eps, row_cos, row_sin, rotary)
-        for head in range(key_heads):
-            first = (heads + head) * size
-            _norm_and_rotate(line[first : first + size], key_norm, eps, row_cos, row_sin, rotary)
-            key, value = keys[slot, head], values[slot, head]
-            # Loops: an assignment of slices takes a second to compile.
-            for i in range(size):
-                key[i] = line[first + i]
-            first += key_heads * size
-            for i in range(size):
-                value[i] = line[first + i]
+        for head in range(heads, heads + key_heads):
+            _norm_and_rotate(line[head * size : (head + 1) * size], key_norm, eps, row_cos, row_sin, rotary)
+        first, width = heads * size, key_heads * size
+        keep(line[first : first + width], store[0] + slot * width * store[4], store[4])
+        first += width
+        keep(line[first : first + width], store[1] + slot * width * store[4], store[4])
 
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
@@ -107,88 +105,6 @@ def _exp_in_place(x: Any) -> None:
         p = p * r + _f(5.0000001201e-1)
         p = p * r * r + r + _f(1)
         x[i] = p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
-def _softmax(scores: Any, scale: Any) -> None:
-    """Softmax in place, of scores * scale."""
-    most = scores[0]
-    for j in range(scores.size):
-        most = max(most, scores[j])
-    for j in range(scores.size):
-        scores[j] = (scores[j] - most) * scale
-    _exp_in_place(scores)
-    total = _f(0)
-    for j in range(scores.size):
-        total += scores[j]
-    total = _f(1) / total
-    for j in range(scores.size):
-        scores[j] *= total
-
-
-@cache
-def attention(head_dim: int, group: int) -> Callable[..., None]:
-    """Attention of one new position of each row, for this head size and `group` queries a key head.
-
-    attend(q, keys, values, table, lengths, page, scale, window, out): q [rows, heads * head_dim], each row
-    may be longer; keys, values: a block's stores; table [rows, pages]: the rows' pages; lengths [rows]:
-    positions to read, the new one included; window: number of positions that attention reads, 0 for all;
-    out [rows, heads * head_dim].  Compiled for the two numbers, so that its loops have fixed lengths.
-    """
-    width = head_dim * group
-
-    # Its free variables are numbers only: with compiled functions among them it could not be cached.
-    def attend(
-        q: Any,
-        keys: Any,
-        values: Any,
-        table: Any,
-        lengths: Any,
-        page: Any,
-        scale: Any,
-        window: Any,
-        out: Any,
-    ) -> None:
-        for row in range(q.shape[0]):
-            length = lengths[row]
-            first = max(0, length - window) if window > 0 else 0
-            scores = np.empty((group, length - first), np.float32)
-            pages = table[row]
-            for head in range(keys.shape[1]):
-                query = q[row, head * width : (head + 1) * width]
-                result = out[row, head * width : (head + 1) * width]
-                at = 0
-                for number in range(first // page, (length + page - 1) // page):
-                    base = pages[number] * page
-                    begin, end = max(first - number * page, 0), min(page, length - number * page)
-                    for slot in range(base + begin, base + end):
-                        key = keys[slot, head]
-                        for i in range(group):
-                            total = _f(0)
-                            for d in range(head_dim):
-                                total += query[i * head_dim + d] * key[d]
-                            scores[i, at] = total
-                        at += 1
-                for i in range(group):
-                    _softmax(scores[i], scale)
-                for d in range(width):
-                    result[d] = _f(0)
-                at = 0
-                for number in range(first // page, (length + page - 1) // page):
-                    base = pages[number] * page
-                    begin, end = max(first - number * page, 0), min(page, length - number * page)
-                    for slot in range(base + begin, base + end):
-                        value = values[slot, head]
-                        for i in range(group):
-                            weight = scores[i, at]
-                            for d in range(head_dim):
-                                result[i * head_dim + d] += weight * value[d]
-                        at += 1
-
-    signature = (
-        f"void(float32[:, ::1], {_STORE}, {_STORE}, {_TABLE}, int64[::1], int64, float32, int64, {_HIDDEN})"
-    )
-    return _compiled(signature)(attend)
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -254,8 +170,8 @@ def _gated(gate_up: Any, out: Any) -> None:
 def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], Callable[..., None]]:
     """A block before and after attention, each in one call, for weights of this dtype.
 
-    before(item, size, threads, matrix, norm, eps, hidden, qkv, heads, keys, values, positions, slots,
-    cos, sin, rotary, query_norm, key_norm, updates, block): norm, one product for queries, keys and values,
+    before(item, size, threads, matrix, norm, eps, hidden, qkv, heads, store, positions, slots, cos,
+    sin, rotary, query_norm, key_norm, updates, block): norm, one product for queries, keys and values,
     rotary, stores.
     after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden, updates, block): the
     product after attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
@@ -263,27 +179,25 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
     together: whether for several threads, else `threads` is None and one function serves all dtypes.
     item, size: 0 and the bytes of a weight.  matrix, out, gate_up, down: see `addresses_of`.
     inner: outputs of the gate.  hidden: [rows, hidden_size].  qkv: [rows, (heads + 2 * key_heads) *
-    head_dim].  attended: [rows, heads * head_dim].  keys, values: the block's stores [slots, key_heads,
-    head_dim].  positions, slots: of each row.  cos, sin: [positions, head_dim].  query_norm, key_norm:
-    [head_dim], or empty where the model has none.  updates: the address of what adapters add in this step
-    (see node/model/weights/low_rank_kernel.py), 0 for nothing; block: the place in the adapters' tables.
+    head_dim].  attended: [rows, heads * head_dim].  store: see `place_of` in fused_block.py.
+    positions, slots: of each row.  cos, sin: [positions, head_dim].  query_norm, key_norm: [head_dim], or
+    empty where the model has none.  updates: the address of what adapters add in this step (see
+    node/model/weights/low_rank_kernel.py), 0 for nothing; block: the place in the adapters' tables.
     """
 
     def before(
         item: Any, size: Any, threads: Any, matrix: Any, norm: Any, eps: Any, hidden: Any, qkv: Any,
-        heads: Any, keys: Any, values: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
+        heads: Any, store: Any, positions: Any, slots: Any, cos: Any, sin: Any, rotary: Any,
         query_norm: Any, key_norm: Any, updates: Any, block: Any,
     ) -> None:  # fmt: skip
         normed = np.empty(hidden.shape, np.float32)
         _normed(hidden, norm, eps, normed)
         _multiplied(item, size, threads, matrix, normed, qkv)
-        queries, others = heads * keys.shape[2], keys.shape[1] * keys.shape[2]
+        queries, others = heads * store[3], store[2] * store[3]
         _updated(updates, block, 0, normed, qkv, 0, queries)
         _updated(updates, block, 1, normed, qkv, queries, others)
         _updated(updates, block, 2, normed, qkv, queries + others, others)
-        _rotated_and_kept(
-            qkv, heads, keys, values, positions, slots, cos, sin, rotary, query_norm, key_norm, eps
-        )
+        _rotated_and_kept(qkv, heads, store, positions, slots, cos, sin, rotary, query_norm, key_norm, eps)
 
     def after(
         item: Any, size: Any, threads: Any, out: Any, norm: Any, eps: Any, gate_up: Any, down: Any,
@@ -307,7 +221,7 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
     item, threads = (kernels.ITEMS[dtype], "int64") if together else (types.int64, "none")
     matrix, vector, integers = "int64[::1]", "float32[::1]", "int64[::1]"
     of_before = (
-        f"{matrix}, {vector}, float32, {_HIDDEN}, {_HIDDEN}, int64, {_STORE}, {_STORE}, {integers},"
+        f"{matrix}, {vector}, float32, {_HIDDEN}, {_HIDDEN}, int64, {integers}, {integers},"
         f" {integers}, {_HIDDEN}, {_HIDDEN}, boolean, {vector}, {vector},"
         " int64, int64"
     )

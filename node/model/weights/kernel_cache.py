@@ -36,8 +36,11 @@ from node.model.checkpoint.source import cache_dir
 
 log = logging.getLogger("raceme")
 
-HERE = Path(__file__).parent
-SOURCES = ("compiling.py", "kernels.py", "low_rank_kernel.py", "decode_kernels.py")
+HERE = Path(__file__).parents[1]
+SOURCES = (
+    "weights/compiling.py", "weights/kernels.py", "weights/low_rank_kernel.py", "weights/decode_kernels.py",
+    "weights/argmax_head.py", "attention/stores.py", "attention/tiles.py", "attention/decode.py",
+)  # fmt: skip
 KEPT_KEYS = 16  # of 1 to 2 MB each: states of the sources and machines that share a cache
 DAY_SECONDS = 86_400.0  # a folder's last use is noted once a day
 
@@ -52,7 +55,7 @@ def key_of(contents: Sequence[bytes], compilers: Sequence[str]) -> str:
 
 @cache
 def key() -> str:
-    """Of the sources next to this file, the installed compilers, and this CPU as numba sees it."""
+    """Of the sources, the installed compilers, and this CPU as numba sees it."""
     features = numba.config.CPU_FEATURES
     return key_of(
         [(HERE / name).read_bytes() for name in SOURCES],
@@ -152,7 +155,8 @@ class _ByKey(_CacheLocator):  # type: ignore[misc]
     @classmethod
     def from_function(cls, function: Callable[..., Any], file: str) -> _ByKey | None:
         """None, so that numba's own places are taken, for functions of others."""
-        within = opened() if Path(file).parent == HERE else None
+        ours = Path(file).parent in {(HERE / name).parent for name in SOURCES}
+        within = opened() if ours else None
         return None if within is None else cls(function, within)
 
 

@@ -12,19 +12,21 @@ import torch
 
 from node.model.weights.quantize import kernels
 
-BUILTIN_ATTENTION = (64, 3)  # SmolLM2-135M's head size, and its queries for a key head
+USUAL_HEAD = 64  # numbers: of all sizes that consist of whole vectors
 
 
 def main() -> int:
     """Compile what the cache lacks; 0, also where there is nothing to compile with."""
     if (found := kernels()) is None:
         return 0
+    from node.model.attention import decode
     from node.model.weights import argmax_head, decode_kernels, low_rank_kernel
 
     for dtype in (torch.float32, torch.int8):
         found.kernel_for(dtype)
         decode_kernels.halves(dtype, together=False)
-    decode_kernels.attention(*BUILTIN_ATTENTION)
+    for stores in (torch.float32, torch.bfloat16):
+        decode.attend_for(stores, USUAL_HEAD)
     low_rank_kernel.head(0)
     argmax_head.norm_kernel()
     argmax_head.screen_kernel()

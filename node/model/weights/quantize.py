@@ -515,6 +515,26 @@ class Packing:
     dtype: torch.dtype
 
 
+def cache_dtype_for(chosen: str, packing: Packing, device: str, *, fused: bool) -> torch.dtype:
+    """The dtype of keys and values in a cache, as in vLLM's --kv-cache-dtype.  Raises ConfigError.
+
+    chosen: "auto", "bfloat16" or "float32".  device: "cpu", "cuda" or another type.  fused: whether
+    attention may be our own compiled code, which reads both.
+    "auto" is the dtype of activations, but bfloat16 where these are float32 and matrices have fewer bits:
+    half the memory and half the reading.  A span of float32 matrices keeps a float32 cache, so that it
+    gives the library's tokens.
+    """
+    if device != "cpu":
+        name = str(packing.dtype).removeprefix("torch.")
+        if chosen not in ("auto", name):
+            raise ConfigError(f"a cache in {chosen} is for cpu; on {device} it is in {name}, as activations")
+        return packing.dtype
+    if chosen != "auto":
+        return cast(torch.dtype, getattr(torch, chosen))
+    smaller = packing.kind in ("int8", "bfloat16") and packing.dtype == torch.float32
+    return torch.bfloat16 if smaller and fused else packing.dtype
+
+
 def packing_for(quantize: str, dtype: torch.dtype, device: str, *, bfloat16: bool) -> Packing:
     """The packing for the operator's options on this device.  Raises ConfigError.
 
