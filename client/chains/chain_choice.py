@@ -24,7 +24,7 @@ from client.chains.chain_wait import (
 from client.chains.chooser import HopTerms, PeerStream
 from client.chains.considered import Considered
 from client.chains.no_chain import explain, explain_length
-from client.chains.queue_reports import QueueReports
+from client.chains.of_sessions import OfSessions
 from routing.blocks import Blocks, gaps
 from routing.chains.alternatives import Constraints, best_chains, suitable
 from routing.chains.distances import CLIENT
@@ -66,7 +66,7 @@ class ChainChooser:
     constraints: on chains, at every choice.
     spread: this client's own bias, so that clients choose different ones of nearly equal chains
     (`routing.chains.load_sharing`); None: always the cheapest.
-    few: the peers that are compared.
+    few: the peers that are compared.  of_sessions: what all sessions have in common.
     """
 
     model: str
@@ -83,7 +83,7 @@ class ChainChooser:
     constraints: Constraints = field(default_factory=Constraints)
     spread: str | None = None
     few: Considered = field(default_factory=Considered)
-    _queues: QueueReports = field(default_factory=QueueReports)
+    of_sessions: OfSessions = field(default_factory=OfSessions)
 
     def choose(
         self,
@@ -213,7 +213,9 @@ class ChainChooser:
             seconds = between(before, hop.peer)
             speed = self.measured.speeds.of(before, hop.peer) or _announced_speed(view, before, hop.peer)
             home = between(hop.peer, CLIENT)
-            terms = None if record is None else HopTerms(record.dtype, record.codecs, seconds, speed, home)
+            terms = None if record is None else HopTerms(
+                record.dtype, record.codecs, seconds, speed, home, record.batches
+            )
             found.append(terms)
             before = hop.peer
         return found
@@ -241,7 +243,7 @@ class ChainChooser:
         """See `client.chains.chooser.SwarmAccess.report_queue`."""
         record = self.view().get(peer)
         known = 0.0 if record is None else _with_queue(self, record).queue
-        return self._queues.report(peer, queue, known, trio.current_time())
+        return self.of_sessions.queues.report(peer, queue, known, trio.current_time())
 
     def observe_step(self, hops: Sequence[Hop], held: Sequence[float], total: float) -> None:
         """See `client.chains.chooser.SwarmAccess.observe_step`."""
@@ -391,4 +393,4 @@ def _kind(record: Record) -> str:
 def _with_queue(chooser: ChainChooser, record: Record) -> Record:
     """The record with the queue that the peer reported after its record."""
     sent = chooser.view().entries[record.peer].sent
-    return chooser._queues.current(record, sent, trio.current_time())
+    return chooser.of_sessions.queues.current(record, sent, trio.current_time())

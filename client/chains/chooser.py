@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from client.chains.avoided_peers import AvoidedPeers
+from client.chains.of_sessions import OfSessions
 from routing.blocks import Blocks
 from routing.chains.hops import Chain, Hop
 from routing.chains.measured import Measured
@@ -49,7 +50,7 @@ class HopTerms:
 
     dtype: of its computing.  codecs: that it reads besides fp32 and bf16.
     link_seconds: the round trip from the hop before it, or from the client.  link_speed: of that link, bytes
-    per second; 0.0: unknown.  home_seconds: the round trip to the client.
+    per second; 0.0: unknown.  home_seconds: the round trip to the client.  batches: see `Record`.
     """
 
     dtype: str
@@ -57,6 +58,7 @@ class HopTerms:
     link_seconds: float = 0.0
     link_speed: float = 0.0
     home_seconds: float = 0.0
+    batches: bool = False
 
 
 class Chooser(Protocol):
@@ -110,6 +112,10 @@ class SwarmAccess(Chooser, Protocol):
         choose: takes True if peers that have failed lately may be used, and raises NoChain.
         measured: the distances to peers of these blocks are measured before the choice; None: to nobody.
         """
+
+    @property
+    def of_sessions(self) -> OfSessions:
+        """What all sessions of this client have in common."""
 
     async def open_stream(self, peer: PeerId, protocol: str) -> PeerStream:
         """Raises PeerFault."""

@@ -9,6 +9,7 @@ import trio
 
 from client.adapters.upload import AdapterUse
 from client.chains.chooser import PeerStream
+from client.chains.shared_streams import Membership
 from client.session.hop_state import HopState
 from client.session.repair.ways import Ways
 from tensor_codec.errors import NoAdapter, PeerFault, PeerGone, Refused, RemoteProtocolError, SlowPeer
@@ -38,6 +39,7 @@ class HopLink:
 
     state: of the hop.  scope: of the task that reads the stream.
     moves: another stream may take the place of this one.
+    shared: with other sessions, to the same peer.
     """
 
     state: HopState
@@ -49,6 +51,7 @@ class HopLink:
     _relinked: Relinked | None = None
     _answered: trio.Event = field(default_factory=trio.Event)
     _bulk: PeerStream | None = None
+    shared: Membership | None = None
 
     async def open(self, opened: Open, limits: Limits) -> None:
         """Open the session at the hop.  Raises PeerFault, Refused."""
@@ -107,6 +110,8 @@ class HopLink:
     async def relink(self, order: Relink, seconds: float) -> None:
         """Give the hop its new neighbours, and wait for its position.  Raises PeerFault."""
         peer = self.state.hop.peer
+        if self.shared is not None:
+            self.shared.end_use()
         await self.stream.send(encode_relink(order))
         with trio.move_on_after(seconds):
             while self._relinked is None or self._relinked.epoch != order.epoch:
@@ -133,12 +138,18 @@ class HopLink:
         """Send one frame.  Raises PeerFault."""
         await self.stream.send(parts)
 
-    async def send_step(self, step: Step, seconds: float) -> None:
+    def share(self, member: Membership) -> None:
+        """Steps may go over a stream that sessions share."""
+        self.shared = member
+
+    async def send_step(self, step: Step, seconds: float, *, alone: bool = False) -> None:
         """Send a step, over the bulk stream if there is one, within `seconds`.
 
-        Raises PeerFault.
+        alone: no other step of the session is on its way.  Raises PeerFault.
         """
-        if self._bulk is None:
+        if self._bulk is None and self.shared is not None and self.shared.takes(step, alone=alone):
+            self.shared.put(step)
+        elif self._bulk is None:
             await self.stream.send(encode_step(step))
         else:
             await self._bulk.send(encode_step(step), seconds)

@@ -15,6 +15,7 @@ from functools import partial
 import trio
 
 from client.chains.chooser import SwarmAccess
+from client.chains.shared_streams import Membership, SharedStream
 from client.session.actions import (
     Action,
     Answered,
@@ -43,10 +44,17 @@ from client.session.route_state import LineUp, Place, Refill
 from client.session.trace import Trace
 from node.runtime.nurseries import background_nursery
 from routing.chains.distances import CLIENT
-from routing.chains.hops import Chain
+from routing.chains.hops import Chain, Hop
 from routing.names import PeerId
 from tensor_codec.codecs import check_finite, recode
-from tensor_codec.errors import LocalProtocolError, PeerFault, PeerGone, Refused, SlowPeer
+from tensor_codec.errors import (
+    LocalProtocolError,
+    PeerFault,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+    SlowPeer,
+)
 from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal
 from tensor_codec.limits import Limits
@@ -65,6 +73,7 @@ from tensor_codec.messages.session import (
     decode_from_hop,
     encode_resume,
 )
+from tensor_codec.messages.steps import check_result
 from tensor_codec.span_spec import SpanSpec
 
 # For the dial to a hop, its wait for free cache, and its answer.  Doubles with every attempt: other peers
@@ -190,7 +199,8 @@ class Route:
             packed=packed is not None,
         )
         try:
-            await self._link(send.hop).send_step(step, self.limits.session_idle_seconds)
+            alone = len(self.core.steps.sent) <= 1
+            await self._link(send.hop).send_step(step, self.limits.session_idle_seconds, alone=alone)
         except PeerFault as fault:
             self.tell(Lost(send.hop, fault))
             raise
@@ -310,6 +320,7 @@ class Route:
         prompts = terms.prompts
         body = b"" if prompts is None else prompts.body_for(hop.blocks, codec, self.limits)
         state = HopState(hop, place.dtype, codec, near)
+        shared = shared_stream(self.swarm, hop)
         opened = Open(
             session=line_up.contract.session,
             spec=SpanSpec(terms.model, terms.revision, hop.blocks, place.dtype, terms.adapter_name),
@@ -324,6 +335,7 @@ class Route:
             pack=place.pack,
             prompts=0 if prompts is None else prompts.positions,
             body=body,
+            gather=b"" if shared is None else shared.id,
         )
         open_stream = partial(self.swarm.open_stream, hop.peer, SESSION_PROTOCOL)
         link = await open_link(state, open_stream, opened, terms.adapter, self.limits)
@@ -334,6 +346,8 @@ class Route:
             raise
         self._links[state] = link
         self.core.route.add(state)
+        if shared is not None:
+            share(self, link, shared)
         if link.moves:
             self.core.ways.add(state, lambda: link.stream.has_better_way)
         await self.nursery.start(self._listen, link)
@@ -453,9 +467,42 @@ class Route:
             self.tell(Lost(hop, fault))
         finally:
             hop.close()  # it may have been cancelled before it could begin
+            if link.shared is not None:
+                link.shared.leave()
             await link.say_goodbye()
             del self._links[hop]
             self.wake()
+
+
+def shared_stream(swarm: SwarmAccess, hop: Hop) -> SharedStream | None:
+    """The stream to a hop's peer that sessions share; None where the peer takes none."""
+    (terms,) = swarm.terms_of([hop])
+    return swarm.of_sessions.shared.of(hop.peer) if terms is not None and terms.batches else None
+
+
+def share(route: Route, link: HopLink, shared: SharedStream) -> None:
+    """Let a session share the stream to a hop's peer with others."""
+    core, hop = route.core, link.state
+
+    def take(result: Result) -> None:
+        try:
+            if hop.near.relay or hop.hop.stop < core.terms.run.stop:
+                raise RemoteProtocolError(f"a result of {hop.hop.peer}, which is not the last hop")
+            check_result(result, core.route.contracts.in_epoch(result.epoch))
+            route.apply(core.receive(Answered(hop, result), trio.current_time()))
+        except PeerFault as fault:
+            lost(fault)
+
+    def lost(fault: PeerFault) -> None:
+        if core.steps.sent or not isinstance(fault, PeerGone):
+            route.tell(Lost(hop, fault))
+            link.scope.cancel()
+
+    at_an_end = hop.near.predecessor is None or hop.near.successor is None
+    member = Membership(shared, core.route.contracts.current.session, take, lost, at_an_end)
+    open_push = partial(route.swarm.open_stream, hop.hop.peer, PUSH_PROTOCOL)
+    link.share(member)
+    shared.join(member, route.nursery, open_push)
 
 
 def is_free(route: Route) -> bool:

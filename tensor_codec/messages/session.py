@@ -54,6 +54,7 @@ from tensor_codec.span_spec import SpanSpec
 
 SESSION_PROTOCOL = "/raceme/session/1"  # a client and a hop
 PUSH_PROTOCOL = "/raceme/push/1"  # a hop and the next one
+GATHER_BYTES = 8  # of the id of a stream that gathers results
 OWNER_BYTES = 8  # of an owner's tag: too many to find another peer id with that tag
 
 
@@ -69,6 +70,8 @@ class Open:
     prompts: positions of deep prompts, 0 without them: each block adds its own to its input there.
     body: the prompts, [blocks, prompts, hidden] in the codec of the opening, the same for all rows.
     pack: steps of at least so many rows (batch * tokens) go to the successor in int8o; 0: none does.
+    gather: the id of a stream of the client on which results may come together with those of other sessions
+    (`tensor_codec.messages.steps`); b"": there is none.
     """
 
     session: bytes
@@ -84,6 +87,7 @@ class Open:
     prompts: int = 0
     body: Buffer = b""
     pack: int = 0
+    gather: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +249,7 @@ def encode_open(message: Open) -> list[Buffer]:
     }
     named = {"predecessor": message.predecessor, "successor": message.successor, "adapter": spec.adapter}
     fields |= {name: value for name, value in named.items() if value is not None}
-    for name in ("relay", "epoch", "held", "pack", "prompts"):
+    for name in ("relay", "epoch", "held", "pack", "prompts", "gather"):
         if value := getattr(message, name):
             fields[name] = value
     return [pack_header(fields), message.body] if message.prompts else [pack_header(fields)]
@@ -293,6 +297,7 @@ def _read_open(message: Message) -> Open:
         prompts=header.integer("prompts", 1, MAX_TOKENS) if "prompts" in header else 0,
         body=message.body,
         pack=header.integer("pack", 0, MAX_TOKENS, absent=0),
+        gather=header.binary("gather", GATHER_BYTES) if "gather" in header else b"",
     )
 
 

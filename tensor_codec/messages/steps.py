@@ -14,13 +14,14 @@ by the message `gather`.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from tensor_codec.errors import MessageError
 from tensor_codec.frame import Buffer
 from tensor_codec.header import pack_header
+from tensor_codec.limits import KIB
 from tensor_codec.messages.contract import (
     MAX_EPOCH,
     MAX_HOPS,
@@ -31,8 +32,10 @@ from tensor_codec.messages.contract import (
     Contract,
 )
 from tensor_codec.messages.fields import Message, no_body
-from tensor_codec.messages.session import OWNER_BYTES, Result, Step
+from tensor_codec.messages.session import GATHER_BYTES, OWNER_BYTES, Result, Step
 
+FRAME_BYTES = 60 * KIB  # goes out in one piece of the muxer, and is read like the frame of a token
+T = TypeVar("T")
 _NO_OWNER = bytes(OWNER_BYTES)
 _MAX_MICROS = (1 << 32) - 1
 
@@ -94,14 +97,15 @@ def encode_results(results: Sequence[tuple[bytes, Result]]) -> list[Buffer]:
     return [header, table, *[result.body for _, result in results]]
 
 
-def encode_gather() -> list[Buffer]:
-    """The parts of a frame: a client takes `results` of its sessions on the stream of this frame."""
-    return [pack_header({"k": "gather"})]
+def encode_gather(id: bytes) -> list[Buffer]:
+    """The parts of a frame: `results` of sessions with this id in `Open.gather` may come on its stream."""
+    return [pack_header({"k": "gather", "i": id})]
 
 
-def read_gather(message: Message) -> None:
-    """Raises MessageError where it says more."""
+def read_gather(message: Message) -> bytes:
+    """The id.  Raises MessageError."""
     no_body(message)
+    return message.header.binary("i", GATHER_BYTES)
 
 
 def read_steps(message: Message, most: int) -> list[Step]:
@@ -190,3 +194,28 @@ def bytes_of(one: Step | Result) -> int:
     """Bytes that a step or a result adds to a frame of many."""
     layout = _step if isinstance(one, Step) else _result
     return layout(len(one.timings)).size + len(one.body)
+
+
+def grouped(items: Iterable[T], message_of: Callable[[T], Step | Result], most: int) -> Iterator[list[T]]:
+    """`items` in groups, each for one frame, in the order of their first items.
+
+    message_of: of an item.  most: items of a group.  The messages of a group take at most FRAME_BYTES and
+    passed equally many hops; one that cannot travel with others is alone.
+    """
+    open_groups: dict[int, tuple[list[T], int]] = {}
+    groups: list[list[T]] = []
+    for item in items:
+        message = message_of(item)
+        shares = travels_with_others(message) if isinstance(message, Step) else comes_with_others(message)
+        if not shares:
+            groups.append([item])
+            open_groups.clear()  # or a later step of its session could come before it
+            continue
+        size, hops = bytes_of(message), len(message.timings)
+        group, held = open_groups.get(hops, ([], 0))
+        if not group or len(group) == most or held + size > FRAME_BYTES:
+            group, held = [], 0
+            groups.append(group)
+        group.append(item)
+        open_groups[hops] = group, held + size
+    return iter(groups)

@@ -29,7 +29,7 @@ from tensor_codec.messages.session import (
     encode_relink,
     encode_resume,
 )
-from tensor_codec.messages.steps import encode_gather, encode_steps, read_results
+from tensor_codec.messages.steps import encode_gather, encode_results, encode_steps, read_results
 from tests.fakes_serving import (
     CLIENT,
     HIDDEN,
@@ -43,6 +43,7 @@ from tests.fakes_serving import (
 )
 
 CLIENTS = 5
+GATHER = b"gathered"
 CONTRACT = Contract(bytes(16), 0, 4, 1, 64, HIDDEN, "fp32", 64)
 
 
@@ -169,7 +170,9 @@ async def fed(world: World, count: int = 3) -> AsyncIterator[Fed]:
     clients = []
     for index in range(count):
         session = bytes([index]) * 16
-        client, answer = await RawClient.open(world, "a", predecessor="before", session=session)
+        client, answer = await RawClient.open(
+            world, "a", predecessor="before", session=session, gather=GATHER
+        )
         assert isinstance(answer, Opened)
         clients.append(client)
         body = bytes(encode_hidden(some_hidden(8, seed=index)[:, :2], "fp32"))
@@ -317,7 +320,7 @@ async def test_an_idle_session_is_not_ended_while_it_has_steps_without_its_task(
 async def test_results_go_back_on_the_stream_of_a_client_that_gathers_them(autojump_clock):
     async with swarm() as world, fed(world) as at:
         gathered = await world.dial(CLIENT, PeerId("a"), PUSH_PROTOCOL)
-        await gathered.send(encode_gather())
+        await gathered.send(encode_gather(GATHER))
         await trio.sleep(1)
         await at.pusher.send(encode_steps([at.step(index) for index in range(3)]))
         frame = await gathered.receive(10)
@@ -340,9 +343,9 @@ async def test_results_go_back_on_the_stream_of_a_client_that_gathers_them(autoj
 async def test_a_stream_that_gathers_results_stays_as_long_as_its_client_has_sessions(autojump_clock):
     async with swarm() as world, fed(world, 1):
         gathered = await world.dial(CLIENT, PeerId("a"), PUSH_PROTOCOL)
-        await gathered.send(encode_gather())
+        await gathered.send(encode_gather(GATHER))
         stranger = await world.dial(PeerId("stranger"), PeerId("a"), PUSH_PROTOCOL)
-        await stranger.send(encode_gather())
+        await stranger.send(encode_gather(GATHER))
         await trio.sleep(25)
         assert not gathered.other.closed
         assert stranger.other.closed
@@ -353,12 +356,12 @@ async def test_a_stream_that_gathers_results_stays_as_long_as_its_client_has_ses
 async def test_a_stream_asks_for_results_once(autojump_clock):
     async with swarm() as world, fed(world, 1) as at:
         stream = await world.dial(CLIENT, PeerId("a"), PUSH_PROTOCOL)
-        await stream.send(encode_gather())
-        await stream.send(encode_gather())
+        await stream.send(encode_gather(GATHER))
+        await stream.send(encode_gather(GATHER))
         await trio.sleep(1)
         assert at.node.faults == {f"{CLIENT} RemoteProtocolError": 1}
         other = await world.dial(CLIENT, PeerId("a"), PUSH_PROTOCOL)
-        await other.send([pack_header({"k": "gather"}), b"x"])
+        await other.send([pack_header({"k": "gather", "i": GATHER}), b"x"])
         await trio.sleep(1)
         assert at.node.faults[f"{CLIENT} MessageError"] == 1
         await stream.aclose()
@@ -368,7 +371,7 @@ async def test_a_stream_asks_for_results_once(autojump_clock):
 async def test_a_client_that_does_not_read_its_gathered_results_gets_them_on_each_stream(autojump_clock):
     async with swarm() as world, fed(world) as at:
         gathered = await world.dial(CLIENT, PeerId("a"), PUSH_PROTOCOL)
-        await gathered.send(encode_gather())
+        await gathered.send(encode_gather(GATHER))
         await trio.sleep(1)
         full = gathered.other
         while full.send_now(b"x"):
@@ -377,3 +380,115 @@ async def test_a_client_that_does_not_read_its_gathered_results_gets_them_on_eac
         for index in range(3):
             await at.right(world, index)
         await gathered.aclose()
+
+
+# The sessions of one client.
+
+
+async def sessions_of_one_client(world: World, *boundaries: int) -> list[Session]:
+    """Sessions along one chain that share a client's view, each with three positions."""
+    chain, routes = world.add_chain(*boundaries), world.routes()
+    sessions = [await world.open(chain, routes=routes) for _ in range(CLIENTS)]
+    for index, session in enumerate(sessions):
+        await session.step(some_hidden(8, seed=index)[:, :3])
+    for node in world.nodes.values():
+        node.compute.seconds = 0.1
+    return sessions
+
+
+def are_right(found: Sequence[torch.Tensor], tokens: int) -> bool:
+    right = [whole_model(some_hidden(8, seed=index)[:, :tokens], 0, 8)[:, -1:] for index in range(len(found))]
+    return all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
+
+
+async def test_a_client_s_steps_of_one_moment_share_a_frame_and_so_do_their_results(autojump_clock):
+    async with swarm() as world:
+        seen = watch(world)
+        sessions = await sessions_of_one_client(world, 0, 3, 6, 8)
+        there, back = seen[CLIENT, PeerId("hop0")], seen[CLIENT, PeerId("hop2")]
+        del there[:]
+        streams = [stream for stream in world.client_streams if stream.protocol == PUSH_PROTOCOL]
+        (results,) = [stream.other for stream in streams if stream.peer == "hop2"]
+        sent: list[object] = []
+        send_now = results.send_now
+
+        def counted(frame):
+            sent.append(frame)
+            return send_now(frame)
+
+        results.send_now = counted
+        for position in (3, 4):
+            assert are_right(await steps_at_one_moment(sessions, position), position + 1)
+        assert there == [f"steps{CLIENTS}"] * 2
+        assert back == ["gather"]
+        assert (CLIENT, PeerId("hop1")) not in seen
+        assert len(sent) == 2
+        assert [len(batch) for batch in world.nodes[PeerId("hop2")].span.batches[-2:]] == [CLIENTS] * 2
+        for session in sessions:
+            session.close()
+        assert all(node.faults == {} for node in world.nodes.values())
+
+
+async def test_a_client_shares_no_stream_with_a_peer_that_takes_none(autojump_clock):
+    async with swarm() as world:
+        seen = watch(world)
+        world.old |= {PeerId("hop0"), PeerId("hop1")}
+        sessions = await sessions_of_one_client(world, 0, 3, 8)
+        assert are_right(await steps_at_one_moment(sessions, 3), 4)
+        assert not [pair for pair in seen if pair[0] == CLIENT]
+        for session in sessions:
+            session.close()
+
+
+async def test_one_session_of_a_client_shares_no_stream(autojump_clock):
+    async with swarm() as world:
+        seen = watch(world)
+        session = await world.open(world.add_chain(0, 3, 8))
+        await session.step(some_hidden(8)[:, :3])
+        assert not [pair for pair in seen if pair[0] == CLIENT]
+        session.close()
+
+
+async def test_sessions_go_on_when_a_shared_stream_breaks_under_their_steps(autojump_clock):
+    async with swarm() as world:
+        sessions = await sessions_of_one_client(world, 0, 3, 8)
+        shared = [stream for stream in world.client_streams if stream.protocol == PUSH_PROTOCOL]
+        assert {stream.peer for stream in shared} == {"hop0", "hop1"}
+        async with trio.open_nursery() as nursery:
+
+            async def break_it() -> None:
+                await trio.sleep(0.05)
+                for stream in shared:
+                    await stream.other.reset()
+
+            nursery.start_soon(break_it)
+            assert are_right(await steps_at_one_moment(sessions, 3), 4)
+        assert are_right(await steps_at_one_moment(sessions, 4), 5)
+        for session in sessions:
+            session.close()
+
+
+async def test_a_wrong_result_on_a_shared_stream_is_a_fault_of_its_session_s_hop_alone(autojump_clock):
+    async with swarm() as world:
+        sessions = await sessions_of_one_client(world, 0, 8)
+        (shared,) = [stream for stream in world.client_streams if stream.protocol == PUSH_PROTOCOL]
+        wrong = Result(1, 3, b"12345")
+        shared.other.send_now(encode_results([(sessions[1].route.contract.session, wrong)]))
+        world.add("spare", 0, 8)
+        assert are_right(await steps_at_one_moment(sessions, 3), 4)
+        assert [session.trace.counts["fault"] for session in sessions] == [0, 1, 0, 0, 0]
+        for session in sessions:
+            session.close()
+
+
+async def test_a_session_that_leaves_takes_nothing_from_those_that_stay(autojump_clock):
+    async with swarm() as world:
+        sessions = await sessions_of_one_client(world, 0, 8)
+        sessions.pop().close()
+        assert are_right(await steps_at_one_moment(sessions, 3), 4)
+        while len(sessions) > 1:
+            sessions.pop().close()
+        assert are_right(await steps_at_one_moment(sessions, 4), 5)
+        sessions.pop().close()
+        await trio.sleep(1)
+        assert [stream for stream in world.client_streams if not stream.closed] == []

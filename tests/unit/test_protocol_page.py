@@ -73,7 +73,7 @@ STEP = session.Step(bytes(16), 3, 5, "last", PACKED, ((1, 2),), 1, True, 9, (0,)
 INFO = info.PeerInfo(
     "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "n", "0"
 )
-OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True, 1, PROMPTS, 2)
+OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True, 1, PROMPTS, 2, bytes(8))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ KINDS = {
         lambda frame: steps.read_results(fields.read_message(frame, frozenset({"results"})), 64),
     ),
     "gather": Kind(
-        steps.encode_gather(),
+        steps.encode_gather(bytes(8)),
         lambda frame: steps.read_gather(fields.read_message(frame, frozenset({"gather"}))),
     ),
     "failed": Kind(fields.encode_failed(fields.Failed("ended", "idle", 1.0, 3, "p")), from_hop),

@@ -92,7 +92,8 @@ class SessionRoute:
     """The neighbours of this hop in one epoch of a session; steps of other epochs are forgotten.
 
     predecessor: the peer that pushes steps, or None where the client sends them.  successor: the peer that
-    gets the outputs, or None.  relay: the client carries the outputs to the next hop.  pack: see `Open`.
+    gets the outputs, or None.  relay: the client carries the outputs to the next hop.  pack, gather: see
+    `Open`.
     """
 
     epoch: int
@@ -100,6 +101,7 @@ class SessionRoute:
     successor: str | None
     relay: bool
     pack: int = 0
+    gather: bytes = b""
 
     @property
     def sends_on(self) -> bool:
@@ -237,7 +239,9 @@ class HopSession:
             raise RemoteProtocolError(f"codec {codec} after {self.contract.codec}, which loses less")
         self.contract = replace(self.contract, codec=codec)
         self.stream.limit = self.contract.frame_bytes
-        self.route = SessionRoute(order.epoch, order.predecessor, order.successor, order.relay, order.pack)
+        self.route = SessionRoute(
+            order.epoch, order.predecessor, order.successor, order.relay, order.pack, self.route.gather
+        )
         self.inbox.order(order)
         if self._interruptible is not None:
             self._interruptible.cancel()

@@ -307,7 +307,12 @@ class Listener:
                     room=self._bytes.steps.of_session(stream.peer, stream.prefix),
                 ),
                 route=SessionRoute(
-                    opened.epoch, opened.predecessor, opened.successor, opened.relay, opened.pack
+                    opened.epoch,
+                    opened.predecessor,
+                    opened.successor,
+                    opened.relay,
+                    opened.pack,
+                    opened.gather,
                 ),
                 kept=KeptOutputs(opened.codec),
                 active_at=trio.current_time(),

@@ -36,7 +36,7 @@ class StepTaker(Protocol):
     def take_steps(self, steps: Sequence[Step], peer: PeerId) -> list[Step]:
         """See `Listener.take_steps`."""
 
-    def gather(self, stream: FrameStream) -> AbstractContextManager[None]:
+    def gather(self, stream: FrameStream, id: bytes) -> AbstractContextManager[None]:
         """See `Listener.gather`."""
 
 
@@ -114,12 +114,12 @@ class _PushStream:
 
     def gather(self, message: Message, stack: ExitStack) -> None:
         """Send results of the peer's sessions on this stream, as long as it is open.  Raises PeerFault."""
-        read_gather(message)
+        id = read_gather(message)
         if self.gathers:
             raise RemoteProtocolError("a second `gather` on one stream")
         self.gathers = True
         for taker in self.takers:
-            stack.enter_context(taker.gather(self.stream))
+            stack.enter_context(taker.gather(self.stream, id))
 
     def judge(self, beginning: bytes, size: int) -> Refused | None:
         """A large step is read only where a session wants it.  Raises PeerFault."""
@@ -139,7 +139,7 @@ class _PushStream:
                 continue
             idle_seconds += look_seconds
             fed = any(taker.feeds(self.peer, gathers=self.gathers) for taker in self.takers)
-            if not fed or idle_seconds > limits.session_idle_seconds:
+            if not fed or (idle_seconds > limits.session_idle_seconds and not self.gathers):
                 self.idle = True
                 scope.cancel()
                 return

@@ -86,7 +86,8 @@ class Flight:
             return self.sent(done=True)
         message, outbox = message_of(hop, arrived, self.decision.what, answer), hop.outlet.links.outbox
         if isinstance(message, Result):
-            outbox.add_result(hop.stream.peer, hop.contract.session, hop.stream, message, self)
+            gather = hop.stream.peer, b"" if hop.route.relay else hop.route.gather
+            outbox.add_result(gather, hop.contract.session, hop.stream, message, self)
         elif (link := hop.outlet.shared) is not None:
             outbox.add_step(link, message, self)
         else:

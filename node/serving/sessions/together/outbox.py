@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from node.serving.sessions.together.groups import grouped
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import Result, Step, encode_result, encode_step
-from tensor_codec.messages.steps import encode_results, encode_steps
+from tensor_codec.messages.steps import encode_results, encode_steps, grouped
 
 
 class Taker(Protocol):
@@ -52,22 +51,28 @@ class Outgoing(Generic[M]):
 class Outbox:
     """Collects the outputs of a batch until `flush`.  Holds nothing between two batches.
 
-    most: of a frame.  gathering: streams of clients that take the results of all their sessions, by peer.
+    most: of a frame.  gathering: streams of clients that take the results of many sessions, by peer and by
+    `Open.gather`.
     """
 
     most: int = Limits().max_steps_per_frame
-    gathering: dict[str, Taker] = field(default_factory=dict)
+    gathering: dict[tuple[str, bytes], Taker] = field(default_factory=dict)
     _steps: dict[int, tuple[NextHop, list[Outgoing[Step]]]] = field(default_factory=dict)
-    _results: dict[str, list[Outgoing[Result]]] = field(default_factory=dict)
+    _results: dict[tuple[str, bytes], list[Outgoing[Result]]] = field(default_factory=dict)
 
     def add_step(self, link: NextHop, step: Step, waiting: Sent) -> None:
         """Take an output that goes to a next hop."""
         self._steps.setdefault(id(link), (link, []))[1].append(Outgoing(step, waiting))
 
-    def add_result(self, peer: str, session: bytes, stream: Taker, result: Result, waiting: Sent) -> None:
-        """Take an output that goes to a client.  stream: to it, of this session alone."""
+    def add_result(
+        self, gather: tuple[str, bytes], session: bytes, stream: Taker, result: Result, waiting: Sent
+    ) -> None:
+        """Take an output that goes to a client.  stream: to it, of this session alone.
+
+        gather: the key in `gathering` of the stream that it may come on.
+        """
         outgoing = Outgoing(result, waiting, session, stream)
-        self._results.setdefault(peer, []).append(outgoing)
+        self._results.setdefault(gather, []).append(outgoing)
 
     def flush(self) -> None:
         """Send everything that needs no waiting."""
@@ -77,8 +82,8 @@ class Outbox:
                 self._send_steps(link, outgoing)
         if self._results:
             results, self._results = self._results, {}
-            for peer, answers in results.items():
-                self._send_results(self.gathering.get(peer), answers)
+            for gather, answers in results.items():
+                self._send_results(self.gathering.get(gather), answers)
 
     def _send_steps(self, link: NextHop, outgoing: Sequence[Outgoing[Step]]) -> None:
         if len(outgoing) == 1:

@@ -89,15 +89,15 @@ class PushedSteps:
         return left
 
     @contextmanager
-    def gather(self, stream: FrameStream) -> Iterator[None]:
-        """Results of the sessions of this stream's peer may go back on it, within the context."""
-        gathering = self.links.outbox.gathering
-        gathering[stream.peer] = stream
+    def gather(self, stream: FrameStream, id: bytes) -> Iterator[None]:
+        """Results of this peer's sessions that name this id may go back on its stream, within the context."""
+        gathering, key = self.links.outbox.gathering, (str(stream.peer), id)
+        gathering[key] = stream
         try:
             yield
         finally:
-            if gathering.get(stream.peer) is stream:
-                del gathering[stream.peer]
+            if gathering.get(key) is stream:
+                del gathering[key]
 
     def _is_forgiven(self, session: bytes, owner: bytes, epoch: int, peer: PeerId) -> bool:
         """Of a step that no session here gets from this peer: whether it ended while the step travelled."""
