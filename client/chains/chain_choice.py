@@ -213,8 +213,10 @@ class ChainChooser:
             seconds = between(before, hop.peer)
             speed = self.measured.speeds.of(before, hop.peer) or _announced_speed(view, before, hop.peer)
             home = between(hop.peer, CLIENT)
-            terms = None if record is None else HopTerms(
-                record.dtype, record.codecs, seconds, speed, home, record.batches
+            terms = (
+                None
+                if record is None
+                else HopTerms(record.dtype, record.codecs, seconds, speed, home, record.batches)
             )
             found.append(terms)
             before = hop.peer

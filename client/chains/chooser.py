@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from client.chains.avoided_peers import AvoidedPeers
-from client.chains.of_sessions import OfSessions
 from routing.blocks import Blocks
 from routing.chains.hops import Chain, Hop
 from routing.chains.measured import Measured
 from routing.names import PeerId
 from tensor_codec.errors import PeerFault
 from tensor_codec.frame import Buffer
+
+if TYPE_CHECKING:
+    from client.chains.of_sessions import OfSessions
 
 
 class PeerStream(Protocol):

@@ -100,6 +100,11 @@ class SharedStream:
         """Whether steps go over it now."""
         return self._stream is not None and len(self.members) >= LEAST_SESSIONS
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it was open, or nobody could open it, and no session has a part in it any more."""
+        return self._is_tried and not self.members
+
     def join(self, member: Membership, nursery: trio.Nursery, open_push: OpenPush) -> None:
         """Take in a session; the second one whose chain ends here opens the stream, in this nursery."""
         self.members[member.session] = member
@@ -173,9 +178,9 @@ class SharedStreams:
     _streams: dict[PeerId, SharedStream] = field(default_factory=dict)
 
     def of(self, peer: PeerId) -> SharedStream:
-        """The one to a peer: a new one where nobody uses the one before."""
+        """The one to a peer: a new one where the one before is over."""
         stream = self._streams.get(peer)
-        if stream is None or not stream.members:
-            self._streams = {other: one for other, one in self._streams.items() if one.members}
+        if stream is None or stream.is_over:
+            self._streams = {other: one for other, one in self._streams.items() if not one.is_over}
             stream = self._streams[peer] = SharedStream(self.most)
         return stream
