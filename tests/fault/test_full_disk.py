@@ -82,7 +82,7 @@ def test_a_node_whose_disk_fills_up_serves_on_and_leaves_nothing_half_written(
         before = generated(swarm, tiny_llama)
         expected = {"identity", "vitals.json", "log", "node-0.json", "hashes.json", "rates.json"}
         wait_until(lambda: expected <= names(disk), 30)  # vitals are written once a second
-        written = names(disk)
+        written = {name for name in names(disk) if not name.endswith(".node")}  # it says that a node runs
         fill(disk)
         assert generated(swarm, tiny_llama) == before
         assert generated(swarm, tiny_llama) == before
