@@ -95,12 +95,13 @@ class Header:
 
     Every reader raises MessageError that says what was found and what was allowed.  Keys without a reader
     are ignored: a later version may add some.  absent: the value of a field that may be missing.
+    fields: as they came, unchecked.
     """
 
-    __slots__ = ("_fields", "names")
+    __slots__ = ("_fields", "fields", "names")
 
     def __init__(self, fields: dict[str, Any]) -> None:
-        self._fields = fields
+        self._fields = self.fields = fields
         self.names = fields.keys()
 
     def __contains__(self, name: str) -> bool:

@@ -22,9 +22,9 @@ from tests.traced import Called, Tracer
 
 PROMPT = [1, 2, 3, 4]
 HOPS = 3
-MAX_CALLS = 345
-MAX_QUEUED_CALLS = 420  # of one whose steps go through the queues
-MAX_SERVER_CALLS = 255  # of all hops, with reading and writing their messages and the client's
+MAX_CALLS = 325
+MAX_QUEUED_CALLS = 400  # of one whose steps go through the queues
+MAX_SERVER_CALLS = 235  # of all hops, with reading and writing their messages and the client's
 MAX_SCHEDULER_CALLS_OF_A_HOP = 40  # with one step waiting
 EXECUTOR = "node/serving/executor/"
 SCHEDULER = {

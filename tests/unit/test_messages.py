@@ -961,3 +961,50 @@ def test_a_failure_has_a_printable_text_of_three_hundred_characters():
     assert Failed.of(PeerGone("x" * 299)).message == "x" * 299
     assert Failed.of(PeerGone("x" * 301)).message == "x" * 300
     assert Failed.of(PeerGone("")).message == "PeerGone"
+
+
+def whole_number(most: int):
+    return st.one_of(st.integers(-1, most + 1), st.sampled_from([True, None, 1.0, "1"]))
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "n": whole_number(3),
+            "p": whole_number(10),
+            "r": whole_number(3),
+            "e": whole_number(2),
+            "t": st.one_of(
+                st.lists(st.lists(whole_number(2), min_size=1, max_size=3), max_size=2),
+                st.sampled_from([None, [[1, 2]] * MAX_HOPS, 7, "ab"]),
+            ),
+            "b": st.booleans(),
+            "l": whole_number(10),
+            "w": st.sampled_from([b"\0\1\0\0", b"", 1]),
+            "o": st.sampled_from([b"owner-id", 1]),
+            "later": st.integers(0, 9),
+        },
+    ),
+    st.sampled_from([0, ROW // 2, ROW, 2 * ROW]),
+)
+def test_a_token_read_in_one_pass_is_what_is_read_field_by_field(fields, size):
+    frame = step_frame(bytes(size), **fields)
+    message = read_message(frame, frozenset({"step"}))
+
+    def read(one_pass: bool):
+        with pytest.MonkeyPatch.context() as patch:
+            if not one_pass:
+                patch.setattr("tensor_codec.messages.session._read_token", lambda *_: None)
+            try:
+                return read_step(message, CONTRACT)
+            except MessageError as error:
+                return str(error)
+
+    assert read(True) == read(False)
+
+
+def test_the_usual_token_is_read_in_one_pass(monkeypatch):
+    message = read_message(step_frame(bytes(ROW), t=[[1, 2]], e=1, o=b"owner-id"), frozenset({"step"}))
+    monkeypatch.setattr("tensor_codec.header.Header.integer", None)
+    assert read_step(message, CONTRACT).timings == ((1, 2),)
