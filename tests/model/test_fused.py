@@ -186,6 +186,19 @@ def test_float32_steps_of_several_tokens_go_where_they_are_fastest(folder, monke
     assert_close(answers[0][1], answers[1][1], TOLERANCE)
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_steps_of_many_rows_have_the_same_bits_over_panels(folder, quantize):
+    span = load_span(folder, 0, BLOCKS, quantize=quantize)
+    fused = span._fused
+    assert fused is not None
+    hidden = torch.randn(1, 40, span.hidden_size, generator=torch.Generator().manual_seed(8))
+    answers = []
+    for least in (1, 1000):
+        fused._many_rows = least
+        answers.append(span.forward(hidden, span.new_cache(1, 64), 0))
+    assert torch.equal(answers[0], answers[1])
+
+
 def test_several_threads_change_no_bit_of_a_block():
     dtype = torch.int8
     generator = torch.Generator().manual_seed(4)

@@ -45,6 +45,7 @@ MANY_PARAMETERS = {
     "node.model.weights.decode_kernels": "compiled: numba and LLVM take flat arguments",
     "node.serving.executor.engine.Engine.step": "a step as its session knows it, by name",
     "node.model.cuda": "operations of torch and kernels: they take flat arguments",
+    "node.model.weights.panels": "compiled: numba and LLVM take flat arguments",
     "node.model.weights.low_rank_kernel": "compiled: numba and LLVM take flat arguments",
 }
 

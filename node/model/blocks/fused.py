@@ -16,6 +16,7 @@ other activations, rotary angles that depend on the length, and layers that cann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ class FusedSpan:
         self.steps = DeviceSteps(self.blocks, start, heads, rotary)
         # None on a CPU, where compiled code, or else torch's, computes each step.
         self.on_device = None if self.steps.device.type == "cpu" else self.steps
+        self._many_rows = _many_rows(self.kept if self.on_device is None else None)
         self._float_plan = _float_plan(self.blocks, self.kept) if self.on_device is None else None
 
     def part(self, start: int, stop: int) -> FusedSpan:
@@ -231,8 +233,8 @@ class FusedSpan:
     ) -> None:
         """`step` in place, with everything but attention compiled."""
         before, after = halves
-        it = block.compiled
         batch, tokens, width = hidden.shape
+        it = block.compiled_for_many if batch * tokens >= self._many_rows else block.compiled
         low = _address(updates), where.pool.start + index
         residual = hidden.view(batch * tokens, width).numpy()
         qkv = torch.empty(batch, tokens, (self.heads + 2 * self.key_heads) * self.head_dim)
@@ -470,6 +472,15 @@ def _float_plan(blocks: Sequence[FusedBlock], kept: torch.dtype | None) -> Plan 
 def is_compiled(span: FusedSpan) -> bool:
     """Whether `decode` of float32 rows is our own kernels' alone."""
     return span.kept is not None and span.on_device is None and decode_kernels() is not None
+
+
+def _many_rows(kept: torch.dtype | None) -> float:
+    """From how many rows on products over panels are faster; infinity where the kernels are not used."""
+    if kept is None or decode_kernels() is None:
+        return math.inf
+    from node.model.weights.panels import panel_kernels
+
+    return panel_kernels.least_rows(kept)
 
 
 def _address(updates: NDArray[np.int64]) -> int:

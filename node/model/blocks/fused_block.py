@@ -83,7 +83,22 @@ class FusedBlock:
     @cached_property
     def compiled(self) -> Compiled:
         """The block for the kernels.  The layers' tensors must keep their addresses from now on."""
-        qkv, out, gate_up, down = (_addresses(matrix) for matrix in self.matrices)
+        return self._compiled_with([_addresses(matrix) for matrix in self.matrices])
+
+    @cached_property
+    def compiled_for_many(self) -> Compiled:
+        """`compiled` with products over panels, for steps of many rows: `panel_kernels.least_rows`."""
+        from node.model.weights.panels import panel_kernels
+
+        found = [_addresses(matrix) for matrix in self.matrices]
+        for matrix, addresses in zip(self.matrices, found, strict=True):
+            weight = cast(Tensor, matrix.weight)
+            if panel_kernels.takes(weight):
+                addresses[3] = panel_kernels.product_of(weight.dtype).address
+        return self._compiled_with(found)
+
+    def _compiled_with(self, addresses: list[NDArray[np.int64]]) -> Compiled:
+        qkv, out, gate_up, down = addresses
         return Compiled(
             norm=self.norm.numpy(),
             mlp_norm=self.mlp_norm.numpy(),

@@ -21,9 +21,11 @@ def main() -> int:
         return 0
     from node.model.attention import decode
     from node.model.weights import argmax_head, decode_kernels, low_rank_kernel
+    from node.model.weights.panels import panel_kernels
 
     for dtype in (torch.float32, torch.int8):
         found.kernel_for(dtype)
+        panel_kernels.product_of(dtype)
         decode_kernels.halves(dtype, together=False)
     for stores in (torch.float32, torch.bfloat16):
         decode.attend_for(stores, USUAL_HEAD)

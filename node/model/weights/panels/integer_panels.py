@@ -1,11 +1,11 @@
 """Products of many rows with weights of 8 bits: rows of 16-bit integers, and panels of 16-bit integers.
 
 A tile is an outer product, as in BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015): two vectors of
-outputs and a few rows, whose pairs of k are broadcast.  No lanes have to be added at the end.  The whole sum is exact
-and rounded once, as in node/model/weights/kernels.py, so the two give a row the same bits.
+outputs and a few rows, whose pairs of k are broadcast.  No lanes have to be added at the end.  The whole sum
+is exact and rounded once, as in node/model/weights/kernels.py, so the two give a row the same bits.
 
-A piece of k of the matrix for one tile of outputs is put into the order of the tile, 16 KiB, and stays in the
-L1 cache while all rows are multiplied.  Between two pieces the upper and lower sums of the rows lie in memory.
+A piece of k of the matrix for one tile of outputs is put into the order of the tile, 16 KiB, and stays in
+the L1 cache while all rows are multiplied.  Between two pieces the rows' upper and lower sums lie in memory.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 With a few rows memory bounds a product; with many rows the CPU's arithmetic does.  So x and a panel of the
 matrix are put into the order in which a tile reads them (packed, as in GotoBLAS, Goto and van de Geijn, ACM
-TOMS 34(3), 2008): for each vector of k the numbers of the tile's rows, one after the other.  The weights of a
-panel are converted to float32 once for all rows.  A block of k of the rows' numbers stays in the L1 cache, and
-the panel in the L2 cache.  Weights of 8 bits have another way (node/model/weights/panels/integer_panels.py).
+TOMS 34(3), 2008): for each vector of k the numbers of the tile's rows, one after the other.  The weights of
+a panel are converted to float32 once for all rows.  A block of k of the rows' numbers stays in the L1 cache,
+and the panel in the L2 cache.  Weights of 8 bits have another way (integer_panels.py).
 
 A tile's sums have the order of node/model/weights/kernels.py's tiles, so a row has the same bits in a step of
-any number of rows, with either code.  Between two blocks of k the partial sums of a tile's lanes lie in memory.
+any number of rows, with either code.  Between two blocks of k the partial sums of a tile's lanes lie in
+memory.
 """
 
 from __future__ import annotations
