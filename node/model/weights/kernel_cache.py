@@ -158,7 +158,6 @@ class _ByKey(_CacheLocator):  # type: ignore[misc]
         """None, so that numba's own places are taken, for functions of others."""
         ours = Path(file).parent in {(HERE / name).parent for name in SOURCES}
         within = opened() if ours else None
-    "weights/panels/panel_kernels.py", "weights/panels/integer_panels.py",
         return None if within is None else cls(function, within)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from node.model.weights import kernels
@@ -239,7 +239,7 @@ def _rows_in_order(codes: int, m: int, k: int, row_bytes: int, rows_at: int) -> 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _copied(source: int, target: int, count: int, whole: int) -> None:
     """Copy `count` bytes, and fill up with zeros to `whole` bytes."""
-    given, taken = kernels.carray(_bytes_at(source), count), kernels.carray(_bytes_at(target), whole)
+    given, taken = carray(_bytes_at(source), count), carray(_bytes_at(target), whole)
     for i in range(count):
         taken[i] = given[i]
     for i in range(count, whole):
