@@ -254,3 +254,24 @@ def test_a_span_s_matrices_lie_in_the_order_in_which_a_step_reads_them(folder, m
         assert one.data_ptr() + one.nbytes == two.data_ptr()
     attention = cast(Any, span.model).layers[0].self_attn
     assert attention.o_proj.weight.data_ptr() == weights[1].data_ptr(), "nothing is kept twice"
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_blocks_in_one_call_have_the_bits_of_blocks_in_three_calls_each(folder, quantize, monkeypatch):
+    span = load_span(folder, 1, BLOCKS, quantize=quantize)
+    pool = span.new_arena(64)
+    generator = torch.Generator().manual_seed(5)
+    prompt = torch.randn(1, 5, span.hidden_size, generator=generator)
+    row = torch.randn(1, span.hidden_size, generator=generator)
+    answers = []
+    for calls in ("one", "three"):
+        monkeypatch.setattr("node.model.blocks.fused._is_divided", lambda *_, calls=calls: calls == "three")
+        with monkeypatch.context() as patch:
+            forbidden = "_by_halves" if calls == "one" else "Tables"
+            patch.setattr(f"node.model.blocks.fused.{forbidden}", None)
+            cast(Any, span)._fused._tables = None
+            cache = pool.open(1, 16)
+            span.forward(prompt, cache, 0)
+            cache.reserve(6)
+            answers.append(span.decode(row, [cache], 2, BLOCKS - 1))
+    assert torch.equal(*answers)

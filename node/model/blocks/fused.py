@@ -35,6 +35,7 @@ from node.model.blocks.device.steps import DeviceSteps
 from node.model.blocks.fused_block import (
     FusedBlock,
     Heads,
+    Tables,
     decode_attention,
     decode_kernels,
     kept_in,
@@ -135,6 +136,21 @@ class _Where:
     groups: Groups
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The arguments of a decode step's compiled code that all blocks share; see `decode_kernels.run`.
+
+    positions: of each row, their slots, cos and sin.
+    """
+
+    hidden: NDArray[np.float32]
+    qkv: NDArray[np.float32]
+    attended: NDArray[np.float32]
+    positions: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
+    rows_at: NDArray[np.int64]
+    updates: int
+
+
 class FusedSpan:
     """Runs of fused blocks over a page pool.  Made by `fuse`, `part` and `joined`."""
 
@@ -155,6 +171,7 @@ class FusedSpan:
         self._widths = heads.widths
         self._rotary = rotary
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._tables: Tables | None = None
         kept = {kept_in(linear) for block in blocks for linear in block.matrices}
         # The dtype that the compiled kernels read, if all matrices have one dtype.
         self.kept = kept.pop() if len(kept) == 1 else None
@@ -198,7 +215,7 @@ class FusedSpan:
         positions = np.arange(position, length)
         write = _tensor(pool.slots_of(rows[:, None], np.broadcast_to(positions, (batch, tokens))))
         read = _tensor(pool.slots(rows, length))
-        cos, sin = (angles[position:length, None] for angles in self._angles_for(length, hidden))
+        cos, sin = (angles[position:length, None] for angles in self._angles_for(length))
         masks = {
             block.window: _mask(position, tokens, block.window, hidden) for block in self._run(start, stop)
         }
@@ -288,10 +305,12 @@ class FusedSpan:
         """
         if self.on_device is not None:
             return self.on_device.decode(hidden, pool, rows, lengths, start, stop, groups)
-        longest = int(lengths.max()) + 1
-        self._angles_for(longest, hidden)
         if self._compiled(hidden):
-            return self._decode_compiled(hidden, pool, rows, lengths, start, stop, groups)
+            hidden = hidden.clone(memory_format=torch.contiguous_format)
+            self.decode_rows(hidden.numpy(), pool, rows, lengths, start, stop, groups)
+            return hidden
+        longest = int(lengths.max()) + 1
+        self._angles_for(longest)
         slots = pool.slots_of(rows, lengths)
         places, write, read = map(_tensor, (lengths, slots, pool.slots(rows, longest)))
         return self._decode_torch(hidden, pool, places, write, read, (start, stop), groups)
@@ -337,50 +356,48 @@ class FusedSpan:
             hidden = self._after(block, hidden, attended.reshape(rows, 1, -1), low)
         return hidden[:, 0]
 
-    def _decode_compiled(
+    def decode_rows(
         self,
-        hidden: Tensor,
+        hidden: NDArray[np.float32],
         pool: PagePool,
         numbers: NDArray[np.int64],
         lengths: NDArray[np.int64],
         start: int,
         stop: int,
-        groups: Groups,
-    ) -> Tensor:
-        """`decode` in three compiled calls a block: before attention, attention over pages, and after it."""
+        groups: Groups = (),
+    ) -> None:
+        """`decode` in place and in compiled code, where that can be used: float32 [rows, hidden_size].
+
+        One thread computes all blocks in one call; several in three calls a block.
+        """
         found = decode_attention()
         assert found is not None
-        assert self._angles is not None
-        attend = found.attend_for(pool.dtype, self.head_dim)
-        cos, sin = (angles.numpy() for angles in self._angles)
+        cos, sin = (angles.numpy() for angles in self._angles_for(int(lengths.max()) + 1))
         table = pool.table(numbers, -(-(int(lengths.max()) + 1) // pool.page_tokens))
-        slots = pool.slots_of(numbers, lengths)
-        updates = self._updates(groups)
-        low = _address(updates)
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
-        residual, rows = hidden.numpy(), len(hidden)
-        qkv = np.empty((rows, (self.heads + 2 * self.key_heads) * self.head_dim), np.float32)
-        attended = np.empty((rows, self.heads * self.head_dim), np.float32)
-        seen = lengths + 1
-        sizes = self.key_heads, self.heads // self.key_heads, self.head_dim
-        rows_at = table.ctypes.data, table.shape[1], seen.ctypes.data, pool.page_tokens
-        q, to = qkv.ctypes.data, attended.ctypes.data
-        with self._halves() as (before, after):
-            for index, block in self._numbered(start, stop, pool):
-                it, place = block.compiled, place_of(pool, index)
-                before(
-                    it.qkv, it.norm, block.eps, residual, qkv, self.heads, place, lengths, slots, cos,
-                    sin, block.rotary, it.query_norm, it.key_norm, low, pool.start + index,
-                )  # fmt: skip
-                keys, values = place[:2].tolist()
-                attend(
-                    q, qkv.shape[1], rows, *sizes, keys, values, *rows_at, block.scale_bits, block.window, to,
-                )  # fmt: skip
-                after(
-                    it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended, residual, low,
-                    pool.start + index,
-                )  # fmt: skip
-        return hidden
+        updates, seen, rows = self._updates(groups), lengths + 1, len(hidden)
+        step = _Step(
+            hidden=hidden,
+            qkv=np.empty((rows, sum(self._widths)), np.float32),
+            attended=np.empty((rows, self.heads * self.head_dim), np.float32),
+            positions=(lengths, pool.slots_of(numbers, lengths), cos, sin),
+            rows_at=np.array(
+                [table.ctypes.data, table.shape[1], seen.ctypes.data, pool.page_tokens], np.int64
+            ),
+            updates=_address(updates),
+        )
+        if _is_divided(self, rows):
+            _by_halves(self, step, pool, start, stop)
+            return
+        kept, kernels = self.kept, decode_kernels()
+        assert kernels is not None
+        assert kept is not None
+        tables = self._tables = self._tables or Tables(self.blocks)
+        run = slice(start - self.start, stop - self.start)
+        kernels.run()(
+            kept.itemsize, tables.blocks[run], tables.epsilons[run], hidden, step.qkv, step.attended,
+            self.heads, tables.places(pool)[start - pool.start : stop - pool.start], *step.positions,
+            found.attention(pool.dtype, self.head_dim).address, step.rows_at, step.updates, start,
+        )  # fmt: skip
 
     def _updates(self, groups: Groups, tokens: int = 1) -> NDArray[np.int64]:
         """What the kernels add in a step with these groups, rows of `tokens` positions; empty for nothing."""
@@ -451,14 +468,49 @@ class FusedSpan:
         plans = (each.plan if isinstance(each, PackedLinear) else self._float_plan for each in matrices)
         return all(plan is not None and plan.way(rows) == "compiled" for plan in plans)
 
-    def _angles_for(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles_for(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [at least length, head_dim], by the library's own module."""
+        like = self.blocks[0].norm
         if self._angles is None or len(self._angles[0]) < length:
             most = max(_FIRST_ANGLES, 1 << (length - 1).bit_length())
             positions = torch.arange(most, device=like.device)[None]
             cos, sin = self._rotary(like[:0], positions)
             self._angles = cos[0].contiguous(), sin[0].contiguous()
         return self._angles
+
+
+def _is_divided(span: FusedSpan, rows: int) -> bool:
+    """Whether a product of this number of rows is divided among threads."""
+    threads, found = torch.get_num_threads(), decode_kernels()
+    if threads < 2:
+        return False
+    assert found is not None
+    sizes = (cast(Tensor, matrix.weight).shape for matrix in span.blocks[0].matrices)
+    return any(found.kernels.slices_for(rows * outs * k, outs, threads) > 1 for outs, k in sizes)
+
+
+def _by_halves(span: FusedSpan, step: _Step, pool: PagePool, start: int, stop: int) -> None:
+    """`FusedSpan.decode_rows` in three compiled calls a block: before attention, attention, after it."""
+    found = decode_attention()
+    assert found is not None
+    attend, rows = found.attend_for(pool.dtype, span.head_dim), len(step.hidden)
+    sizes = span.key_heads, span.heads // span.key_heads, span.head_dim
+    q, to, rows_at = step.qkv.ctypes.data, step.attended.ctypes.data, step.rows_at.tolist()
+    with span._halves() as (before, after):
+        for index, block in span._numbered(start, stop, pool):
+            it, place, low = block.compiled, place_of(pool, index), (step.updates, pool.start + index)
+            before(
+                it.qkv, it.norm, block.eps, step.hidden, step.qkv, span.heads, place, *step.positions,
+                block.rotary, it.query_norm, it.key_norm, *low,
+            )  # fmt: skip
+            attend(
+                q, step.qkv.shape[1], rows, *sizes, *place[:2].tolist(), *rows_at, block.scale_bits,
+                block.window, to,
+            )  # fmt: skip
+            after(
+                it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, step.attended, step.hidden,
+                *low,
+            )  # fmt: skip
 
 
 def _float_plan(blocks: Sequence[FusedBlock], kept: torch.dtype | None) -> Plan | None:

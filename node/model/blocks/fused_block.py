@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -121,6 +123,56 @@ def place_of(pool: PagePool, index: int) -> NDArray[np.int64]:
     _, heads, head_dim = keys.shape
     addresses = keys.data_ptr(), pool.values[index].data_ptr()
     return np.array((*addresses, heads, head_dim, keys.element_size()), np.int64)
+
+
+class Tables:
+    """Blocks and their stores as `decode_kernels.run` takes them.
+
+    blocks: int64 [blocks, COLUMNS].  epsilons: float32 [blocks].
+    """
+
+    def __init__(self, blocks: Sequence[FusedBlock]) -> None:
+        self.blocks = table_of(blocks)
+        self.epsilons = np.array([block.eps for block in blocks], np.float32)
+        self._ends: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+        self._places = np.empty((0, 5), np.int64)
+
+    def places(self, pool: PagePool) -> NDArray[np.int64]:
+        """`place_of` all blocks of the pool, int64 [blocks, 5]; made anew where the pool has other stores."""
+        # The stores between two that are still there are still there too (`PagePool.hold`).
+        first, last = pool.keys[0], pool.keys[-1]
+        if (
+            self._ends is None
+            or self._ends[0]() is not first
+            or self._ends[1]() is not last
+            or len(self._places) != len(pool.keys)
+        ):
+            self._places = np.stack([place_of(pool, index) for index in range(len(pool.keys))])
+            self._ends = weakref.ref(first), weakref.ref(last)
+        return self._places
+
+
+def table_of(blocks: Sequence[FusedBlock]) -> NDArray[np.int64]:
+    """The blocks as `decode_kernels.run` takes them, int64 [blocks, COLUMNS]."""
+    found = decode_kernels()
+    assert found is not None
+    table = np.zeros((len(blocks), found.COLUMNS), np.int64)
+    for row, block in zip(table, blocks, strict=True):
+        it = block.compiled
+        matrices = (
+            (found.QKV, it.qkv),
+            (found.OUT, it.out),
+            (found.GATE_UP, it.gate_up),
+            (found.DOWN, it.down),
+        )
+        for place, matrix in matrices:
+            row[place : place + len(matrix)] = matrix
+        row[found.NORM], row[found.MLP_NORM] = it.norm.ctypes.data, it.mlp_norm.ctypes.data
+        if it.query_norm.size and it.key_norm.size:
+            row[found.QUERY_NORM], row[found.KEY_NORM] = it.query_norm.ctypes.data, it.key_norm.ctypes.data
+        row[found.INNER], row[found.ROTARY] = it.inner, block.rotary
+        row[found.SCALE], row[found.WINDOW] = block.scale_bits, block.window
+    return table
 
 
 def kept_in(linear: nn.Module) -> torch.dtype | None:

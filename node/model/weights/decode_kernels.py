@@ -1,4 +1,4 @@
-"""A fused block before attention and after it, each in one compiled call.
+"""A fused block before attention and after it, each in one compiled call; or whole blocks in one call.
 
 At one position a row, the values between two matrices are a few hundred numbers, and torch's dispatch costs
 more than their arithmetic.  The matrices are node/model/weights/kernels.py's, and attention is
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import overload
 from torch import Tensor
 
@@ -166,6 +166,54 @@ def _gated(gate_up: Any, out: Any) -> None:
             result[i] = gate[i] * above / (_f(1) + power) * up[i]
 
 
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _projected(
+    how: Any, matrix: Any, norm: Any, eps: Any, hidden: Any, normed: Any, qkv: Any, heads: Any, store: Any,
+    updates: Any, block: Any,
+) -> None:  # fmt: skip
+    """Queries, keys and values; how: item, size and threads of `halves`; normed: room for [rows, hidden]."""
+    item, size, threads = how
+    _normed(hidden, norm, eps, normed)
+    _multiplied(item, size, threads, matrix, normed, qkv)
+    queries, others = heads * store[3], store[2] * store[3]
+    _updated(updates, block, 0, normed, qkv, 0, queries)
+    _updated(updates, block, 1, normed, qkv, queries, others)
+    _updated(updates, block, 2, normed, qkv, queries + others, others)
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _scratch(rows: int, width: int, inner: int) -> Any:
+    """Room for `_added`: float32 [rows, width], [rows, 2 * inner], [rows, inner]."""
+    return (
+        np.empty((rows, width), np.float32),
+        np.empty((rows, 2 * inner), np.float32),
+        np.empty((rows, inner), np.float32),
+    )
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _added(
+    how: Any, matrices: Any, norm: Any, eps: Any, attended: Any, hidden: Any, scratch: Any, updates: Any,
+    block: Any,
+) -> None:  # fmt: skip
+    """The block after attention, added to hidden; matrices: out, gate_up, down."""
+    item, size, threads = how
+    out, gate_up, down = matrices
+    given, both, gated = scratch
+    width, inner = hidden.shape[1], gated.shape[1]
+    _multiplied(item, size, threads, out, attended, given)
+    _updated(updates, block, 3, attended, given, 0, width)
+    _add(given, hidden)
+    _normed(hidden, norm, eps, given)
+    _multiplied(item, size, threads, gate_up, given, both)
+    _updated(updates, block, 4, given, both, 0, inner)
+    _updated(updates, block, 5, given, both, inner, inner)
+    _gated(both, gated)
+    _multiplied(item, size, threads, down, gated, given)
+    _updated(updates, block, 6, gated, given, 0, width)
+    _add(given, hidden)
+
+
 @cache
 def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], Callable[..., None]]:
     """A block before and after attention, each in one call, for weights of this dtype.
@@ -191,32 +239,19 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
         query_norm: Any, key_norm: Any, updates: Any, block: Any,
     ) -> None:  # fmt: skip
         normed = np.empty(hidden.shape, np.float32)
-        _normed(hidden, norm, eps, normed)
-        _multiplied(item, size, threads, matrix, normed, qkv)
-        queries, others = heads * store[3], store[2] * store[3]
-        _updated(updates, block, 0, normed, qkv, 0, queries)
-        _updated(updates, block, 1, normed, qkv, queries, others)
-        _updated(updates, block, 2, normed, qkv, queries + others, others)
+        _projected(
+            (item, size, threads), matrix, norm, eps, hidden, normed, qkv, heads, store, updates, block
+        )
         _rotated_and_kept(qkv, heads, store, positions, slots, cos, sin, rotary, query_norm, key_norm, eps)
 
     def after(
         item: Any, size: Any, threads: Any, out: Any, norm: Any, eps: Any, gate_up: Any, down: Any,
         inner: Any, attended: Any, hidden: Any, updates: Any, block: Any,
     ) -> None:  # fmt: skip
-        rows, width = hidden.shape
-        given, both = np.empty((rows, width), np.float32), np.empty((rows, 2 * inner), np.float32)
-        gated = np.empty((rows, inner), np.float32)
-        _multiplied(item, size, threads, out, attended, given)
-        _updated(updates, block, 3, attended, given, 0, width)
-        _add(given, hidden)
-        _normed(hidden, norm, eps, given)
-        _multiplied(item, size, threads, gate_up, given, both)
-        _updated(updates, block, 4, given, both, 0, inner)
-        _updated(updates, block, 5, given, both, inner, inner)
-        _gated(both, gated)
-        _multiplied(item, size, threads, down, gated, given)
-        _updated(updates, block, 6, gated, given, 0, width)
-        _add(given, hidden)
+        scratch = _scratch(len(hidden), hidden.shape[1], inner)
+        _added(
+            (item, size, threads), (out, gate_up, down), norm, eps, attended, hidden, scratch, updates, block
+        )
 
     item, threads = (kernels.ITEMS[dtype], "int64") if together else (types.int64, "none")
     matrix, vector, integers = "int64[::1]", "float32[::1]", "int64[::1]"
@@ -238,6 +273,68 @@ def _add(given: Any, hidden: Any) -> None:
     for row in range(hidden.shape[0]):
         for i in range(hidden.shape[1]):
             hidden[row, i] += given[row, i]
+
+
+# A block as `run` takes it: the places of numbers in a row of its table.  They are addresses but for INNER,
+# ROTARY, SCALE (the bits of a float32) and WINDOW.  A matrix has four numbers, see `addresses_of`.
+QKV, OUT, GATE_UP, DOWN = range(0, 16, 4)
+NORM, MLP_NORM, QUERY_NORM, KEY_NORM, INNER, ROTARY, SCALE, WINDOW, COLUMNS = range(16, 25)
+
+
+@cache
+def run() -> Callable[..., None]:
+    """Blocks of a decode step, one after the other in one call, for one thread.
+
+    Between two compiled calls the interpreter's own code and objects come from far away: a block's weights
+    have driven them out of the nearer caches.
+
+    run(size, blocks, epsilons, hidden, qkv, attended, heads, stores, positions, slots, cos, sin, attend,
+    rows_at, updates, first): size: bytes of a weight.  blocks: int64 [blocks, COLUMNS].  epsilons: float32
+    [blocks].  hidden: float32 [rows, hidden_size], in place.  qkv, attended, positions, slots, cos, sin,
+    updates: as of `halves`.  stores: int64 [blocks, 5], see `place_of`.  attend: the address of
+    attention (node/model/attention/decode.py).  rows_at: int64 [4], its arguments from `table` to `page`.
+    first: the place of the first block in the adapters' tables.
+    """
+
+    def blocks_of(
+        size: Any, blocks: Any, epsilons: Any, hidden: Any, qkv: Any, attended: Any, heads: Any, stores: Any,
+        positions: Any, slots: Any, cos: Any, sin: Any, attend: Any, rows_at: Any, updates: Any, first: Any,
+    ) -> None:  # fmt: skip
+        rows, width = hidden.shape
+        scratch = _scratch(rows, width, blocks[0, INNER])
+        how = (0, size, None)
+        for index in range(len(blocks)):
+            block, store, eps = blocks[index], stores[index], epsilons[index]
+            key_heads, head_dim = store[2], store[3]
+            norm, mlp_norm = _vector(block[NORM], width), _vector(block[MLP_NORM], width)
+            query_norm, key_norm = _vector(block[QUERY_NORM], head_dim), _vector(block[KEY_NORM], head_dim)
+            _projected(
+                how, block[QKV:OUT], norm, eps, hidden, scratch[0], qkv, heads, store, updates, first + index
+            )
+            _rotated_and_kept(
+                qkv, heads, store, positions, slots, cos, sin, block[ROTARY] != 0, query_norm, key_norm, eps
+            )
+            given = (
+                qkv.ctypes.data, qkv.shape[1], rows, key_heads, heads // key_heads, head_dim, store[0],
+                store[1], rows_at[0], rows_at[1], rows_at[2], rows_at[3], block[SCALE], block[WINDOW],
+                attended.ctypes.data,
+            )  # fmt: skip
+            if kernels.call_at(attend, given) == 0:
+                raise MemoryError
+            matrices = block[OUT:GATE_UP], block[GATE_UP:DOWN], block[DOWN:NORM]
+            _added(how, matrices, mlp_norm, eps, attended, hidden, scratch, updates, first + index)
+
+    table, integers = "int64[:, ::1]", "int64[::1]"
+    return _compiled(
+        f"void(int64, {table}, float32[::1], {_HIDDEN}, {_HIDDEN}, {_HIDDEN}, int64, {table}, {integers},"
+        f" {integers}, {_HIDDEN}, {_HIDDEN}, int64, {integers}, int64, int64)"
+    )(blocks_of)
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _vector(address: int, size: int) -> Any:
+    """Float32 numbers at an address; none at 0."""
+    return carray(kernels.floats_at(address), size if address else 0)
 
 
 def addresses_of(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Any:

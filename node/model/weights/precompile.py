@@ -27,6 +27,7 @@ def main() -> int:
         found.kernel_for(dtype)
         panel_kernels.product_of(dtype)
         decode_kernels.halves(dtype, together=False)
+    decode_kernels.run()
     for stores in (torch.float32, torch.bfloat16):
         decode.attend_for(stores, USUAL_HEAD)
     low_rank_kernel.head(0)
