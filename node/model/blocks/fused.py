@@ -7,8 +7,8 @@ come out of one matrix, and so do gate and up.
 
 A block is computed in two ways.  `step` takes positions of one session (prefill) with torch's attention.
 `decode` takes one position of many rows of different lengths.  In float32 on the CPU everything before
-attention is one compiled call, and everything after it another.  For `decode`, attention over the pages of
-the page pool is a third.  On other devices `node.model.blocks.device.steps` computes both.
+attention is one compiled call, and everything after it another.  A `decode` whose products no threads share
+is one compiled call for all blocks.  On other devices `node.model.blocks.device.steps` computes both.
 
 `fuse` answers None for a block that is not known to be equal, and the library computes it.  Reasons are
 other activations, rotary angles that depend on the length, and layers that cannot be merged.
