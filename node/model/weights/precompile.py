@@ -19,7 +19,7 @@ def main() -> int:
     """Compile what the cache lacks; 0, also where there is nothing to compile with."""
     if (found := kernels()) is None:
         return 0
-    from node.model.attention import decode
+    from node.model.attention import decode, prefill
     from node.model.weights import argmax_head, decode_kernels, low_rank_kernel
     from node.model.weights.panels import panel_kernels
 
@@ -30,6 +30,7 @@ def main() -> int:
     decode_kernels.run()
     for stores in (torch.float32, torch.bfloat16):
         decode.attend_for(stores, USUAL_HEAD)
+    prefill.attend_for(together=False)
     low_rank_kernel.head(0)
     argmax_head.norm_kernel()
     argmax_head.screen_kernel()
