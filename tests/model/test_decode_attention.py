@@ -6,32 +6,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 pytest.importorskip("numba")
 
 from node.model.attention import decode  # it imports numba
+from tests.page_stores import PAGE, SCALE_BITS, PageStores
 
-PAGE = 16
 
-
-class Stores:
-    """Keys and values of rows of some lengths, their pages in any order among those of others."""
-
-    def __init__(self, lengths: list[int], key_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(sum(lengths))
-        most = -(-max(lengths) // PAGE)
-        pages = torch.randperm(most * len(lengths), generator=generator).view(len(lengths), most)
-        self.table = pages.numpy().astype(np.int64)
-        shape = (PAGE * pages.numel(), key_heads, head_dim)
-        self.keys, self.values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-        for row, length in enumerate(lengths):  # others may have left anything there
-            slots = self.slots(row, most * PAGE)[length:]
-            self.keys[slots] = self.values[slots] = float("nan")
-
-    def slots(self, row: int, length: int) -> Tensor:
-        positions = np.arange(length)
-        return torch.from_numpy(self.table[row][positions // PAGE] * PAGE + positions % PAGE)
+class Stores(PageStores):
+    """Read by single positions."""
 
     def attended(self, q: Tensor, rows: list[int], seen: list[int], window: int = 0) -> Tensor:
         """The compiled answer for queries [rows, heads * head_dim], in lines that go on behind them."""
@@ -43,18 +26,9 @@ class Stores:
         decode.attend_for(self.keys.dtype, head_dim)(
             line.data_ptr(), line.shape[1], len(q), key_heads, q.shape[1] // (key_heads * head_dim), head_dim,
             self.keys.data_ptr(), self.values.data_ptr(), table.ctypes.data, table.shape[1],
-            lengths.ctypes.data, PAGE, int(np.float32(0.3).view(np.int32)), window, out.data_ptr(),
+            lengths.ctypes.data, PAGE, SCALE_BITS, window, out.data_ptr(),
         )  # fmt: skip
         return out
-
-    def expected(self, q: Tensor, row: int, seen: int, window: int = 0) -> Tensor:
-        """torch's answer in float64 for one row's queries, [heads * head_dim]."""
-        slots = self.slots(row, seen)[max(0, seen - window) if window else 0 :]
-        keys, values = (store[slots].double().transpose(0, 1)[None] for store in (self.keys, self.values))
-        queries = q.double().view(1, -1, 1, self.keys.shape[2])
-        return functional.scaled_dot_product_attention(
-            queries, keys, values, scale=0.3, enable_gqa=True
-        ).flatten()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -212,11 +212,12 @@ def attention(lanes: int) -> Any:
 
     attend(q, q_stride, rows, tokens, key_heads, group, head_dim, keys, values, item_bytes, table,
     table_stride, position, page, scale, window, out, part) -> 1, or 0 where memory lacks; all int64.
-    q: float32 [rows * tokens, key_heads * group * head_dim], q_stride numbers apart.  keys, values: a block's stores
-    [slots, key_heads, head_dim] of float32 or bfloat16.  table: int64 [rows, table_stride]: the rows' pages.
-    position: of the first of `tokens` positions, which are in the stores.  scale: the bits of a float32.
-    window: the number of positions that attention reads, 0 for all.  out: float32 [rows * tokens, key_heads *
-    group * head_dim].  part: of `_parts_of`; -1 for all.
+    q: float32 [rows * tokens, key_heads * group * head_dim], q_stride numbers apart.
+    keys, values: a block's stores [slots, key_heads, head_dim] of float32 or bfloat16.
+    table: int64 [rows, table_stride]: the rows' pages.  position: of the first of `tokens` positions, which
+    are in the stores.  scale: the bits of a float32.
+    window: the number of positions that attention reads, 0 for all.
+    out: float32 [rows * tokens, key_heads * group * head_dim].  part: of `_parts_of`; -1 for all.
 
     lanes: head_dim is a multiple of them.
     """

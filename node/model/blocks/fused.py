@@ -40,6 +40,7 @@ from node.model.blocks.fused_block import (
     decode_kernels,
     kept_in,
     place_of,
+    prefill_attention,
 )
 from node.model.blocks.kv_pages import PagePool
 from node.model.checkpoint.architecture import Architecture
@@ -55,7 +56,8 @@ from node.model.weights.quantize import (
 )
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
-Halves = tuple[Callable[..., None], Callable[..., None]]
+# Before and after attention; whether several threads compute.
+Halves = tuple[Callable[..., None], Callable[..., None], bool]
 _NO_UPDATES = np.zeros(0, np.int64)
 _FIRST_ANGLES = 1024  # positions; doubled for a longer session
 
@@ -124,7 +126,8 @@ class _Where:
 
     write: slots of the new positions.  read: slots of the new and all earlier positions.  Both are flat.
     position: the first new one.  masks: by window.  angles: cos and sin of the new positions.
-    groups: rows with an adapter.
+    groups: rows with an adapter.  table: each row's pages, where our own attention reads them; nothing else
+    needs `read` and `masks` then, which are empty.
     """
 
     pool: PagePool
@@ -134,6 +137,7 @@ class _Where:
     masks: dict[int, Tensor | None]
     angles: tuple[Tensor, Tensor]
     groups: Groups
+    table: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,7 @@ class _Step:
     positions: tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
     rows_at: NDArray[np.int64]
     updates: int
+    table: NDArray[np.int64] | None = None
 
 
 class FusedSpan:
@@ -180,6 +185,7 @@ class FusedSpan:
         # None on a CPU, where compiled code, or else torch's, computes each step.
         self.on_device = None if self.steps.device.type == "cpu" else self.steps
         self._many_rows = _many_rows(self.kept if self.on_device is None else None)
+        self._own_attention = self.on_device is None and _has_own_attention(self.kept, self.head_dim)
         self._float_plan = _float_plan(self.blocks, self.kept) if self.on_device is None else None
 
     def part(self, start: int, stop: int) -> FusedSpan:
@@ -211,15 +217,7 @@ class FusedSpan:
         if tokens == 1 and self._compiled(hidden):
             lengths = np.full(batch, position)
             return self.decode(hidden[:, 0], pool, rows, lengths, start, stop, groups)[:, None]
-        length = position + tokens
-        positions = np.arange(position, length)
-        write = _tensor(pool.slots_of(rows[:, None], np.broadcast_to(positions, (batch, tokens))))
-        read = _tensor(pool.slots(rows, length))
-        cos, sin = (angles[position:length, None] for angles in self._angles_for(length))
-        masks = {
-            block.window: _mask(position, tokens, block.window, hidden) for block in self._run(start, stop)
-        }
-        where = _Where(pool, write.view(-1), read.view(-1), position, masks, (cos, sin), groups)
+        where = _where_of(self, hidden, pool, rows, position, start, stop, groups)
         if not self._compiled(hidden) or not self._compiled_for(batch * tokens):
             for index, block in self._numbered(start, stop, pool):
                 hidden = self._torch_block(index, block, hidden, where)
@@ -248,24 +246,32 @@ class FusedSpan:
         where: _Where,
         updates: NDArray[np.int64],
     ) -> None:
-        """`step` in place, with everything but attention compiled."""
-        before, after = halves
+        """`step` in place, compiled; attention too where the step has a table of pages."""
+        before, after, together = halves
         batch, tokens, width = hidden.shape
         it = block.compiled_for_many if batch * tokens >= self._many_rows else block.compiled
         low = _address(updates), where.pool.start + index
         residual = hidden.view(batch * tokens, width).numpy()
         qkv = torch.empty(batch, tokens, (self.heads + 2 * self.key_heads) * self.head_dim)
         cos, sin = (angles[:, 0].numpy() for angles in where.angles)
-        places = np.tile(np.arange(tokens), batch)
+        places, place = np.tile(np.arange(tokens), batch), place_of(where.pool, index)
         before(
-            it.qkv, it.norm, block.eps, residual, qkv.view(batch * tokens, -1).numpy(), self.heads,
-            place_of(where.pool, index), places, where.write.numpy(), cos, sin, block.rotary, it.query_norm,
-            it.key_norm, *low,
+            it.qkv, it.norm, block.eps, residual, qkv.view(batch * tokens, -1).numpy(), self.heads, place,
+            places, where.write.numpy(), cos, sin, block.rotary, it.query_norm, it.key_norm, *low,
         )  # fmt: skip
-        attended = self._attended(index, block, *self._split(qkv), where).reshape(batch * tokens, -1)
+        if where.table is None:
+            attended = self._attended(index, block, *self._split(qkv), where).reshape(batch * tokens, -1)
+            attended = attended.contiguous()
+        else:
+            attended = torch.empty(batch * tokens, self.heads * self.head_dim)
+            keys, values, *sizes, item = place.tolist()
+            prefill_attention().attend_for(together=together)(
+                qkv.data_ptr(), qkv.shape[-1], batch, tokens, sizes[0], self.heads // sizes[0], sizes[1],
+                keys, values, item, where.table.ctypes.data, where.table.shape[1], where.position,
+                where.pool.page_tokens, block.scale_bits, block.window, attended.data_ptr(),
+            )  # fmt: skip
         after(
-            it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended.contiguous().numpy(),
-            residual, *low,
+            it.out, it.mlp_norm, block.eps, it.gate_up, it.down, it.inner, attended.numpy(), residual, *low,
         )  # fmt: skip
 
     def _attended(
@@ -422,7 +428,7 @@ class FusedSpan:
         with found.kernels.team(threads) as together:
             before, after = found.halves(kept, together=together)
             given = (0, kept.itemsize, threads if together else None)
-            yield partial(before, *given), partial(after, *given)
+            yield partial(before, *given), partial(after, *given), together
 
     def _query_key_value(
         self, block: FusedBlock, hidden: Tensor, cos: Tensor, sin: Tensor, low: Products
@@ -496,7 +502,7 @@ def _by_halves(span: FusedSpan, step: _Step, pool: PagePool, start: int, stop: i
     attend, rows = found.attend_for(pool.dtype, span.head_dim), len(step.hidden)
     sizes = span.key_heads, span.heads // span.key_heads, span.head_dim
     q, to, rows_at = step.qkv.ctypes.data, step.attended.ctypes.data, step.rows_at.tolist()
-    with span._halves() as (before, after):
+    with span._halves() as (before, after, _):
         for index, block in span._numbered(start, stop, pool):
             it, place, low = block.compiled, place_of(pool, index), (step.updates, pool.start + index)
             before(
@@ -524,6 +530,40 @@ def _float_plan(blocks: Sequence[FusedBlock], kept: torch.dtype | None) -> Plan 
 def is_compiled(span: FusedSpan) -> bool:
     """Whether `decode` of float32 rows is our own kernels' alone."""
     return span.kept is not None and span.on_device is None and decode_kernels() is not None
+
+
+def _where_of(
+    span: FusedSpan,
+    hidden: Tensor,
+    pool: PagePool,
+    rows: NDArray[np.int64],
+    position: int,
+    start: int,
+    stop: int,
+    groups: Groups,
+) -> _Where:
+    """The places of the positions of `FusedSpan.step`."""
+    batch, tokens, _ = hidden.shape
+    length = position + tokens
+    positions = np.broadcast_to(np.arange(position, length), (batch, tokens))
+    write = _tensor(pool.slots_of(rows[:, None], positions)).view(-1)
+    cos, sin = (angles[position:length, None] for angles in span._angles_for(length))
+    if span._own_attention and span._compiled(hidden) and span._compiled_for(batch * tokens):
+        table = pool.table(rows, -(-length // pool.page_tokens))
+        return _Where(pool, write, write, position, {}, (cos, sin), groups, table)
+    read = _tensor(pool.slots(rows, length)).view(-1)
+    masks = {block.window: _mask(position, tokens, block.window, hidden) for block in span._run(start, stop)}
+    return _Where(pool, write, read, position, masks, (cos, sin), groups)
+
+
+def _has_own_attention(kept: torch.dtype | None, head_dim: int) -> bool:
+    """Whether a chunk of a prompt attends by our own kernel, where its products are in the kernels."""
+    if kept is None or decode_kernels() is None:
+        return False
+    prefill = prefill_attention()
+    if torch.get_num_threads() > 1:
+        prefill.attend_for(together=True)  # compiled or read now, and not within a step
+    return bool(prefill.is_chosen(head_dim))
 
 
 def _many_rows(kept: torch.dtype | None) -> float:

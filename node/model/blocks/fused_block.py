@@ -208,3 +208,10 @@ def decode_attention() -> ModuleType | None:
     from node.model.attention import decode
 
     return decode
+
+
+def prefill_attention() -> ModuleType:
+    """node/model/attention/prefill.py.  Raises ImportError where numba cannot be imported."""
+    from node.model.attention import prefill
+
+    return prefill
