@@ -178,7 +178,8 @@ def test_float32_steps_of_several_tokens_go_where_they_are_fastest(folder, monke
     hidden = torch.randn(1, 12, span.hidden_size, generator=torch.Generator().manual_seed(6))
     answers = []
     for way in ("compiled", "dequantise"):
-        monkeypatch.setattr(fused, "_float_plan", Plan(((1, "compiled"), (8, way))))
+        plan = Plan(((1, "compiled"), (8, way)))
+        monkeypatch.setattr(fused, "_ways", fused._ways._replace(float_plan=plan))
         cache = span.new_cache(1, 64)
         answers.append([span.forward(hidden[:, :2], cache, 0), span.forward(hidden[:, 2:], cache, 2)])
     assert calls == ["_compiled_block"] * 3 * BLOCKS + ["_torch_block"] * BLOCKS
@@ -194,7 +195,7 @@ def test_steps_of_many_rows_have_the_same_bits_over_panels(folder, quantize):
     hidden = torch.randn(1, 40, span.hidden_size, generator=torch.Generator().manual_seed(8))
     answers = []
     for least in (1, 1000):
-        fused._many_rows = least
+        fused._ways = fused._ways._replace(many_rows=least)
         answers.append(span.forward(hidden, span.new_cache(1, 64), 0))
     assert torch.equal(answers[0], answers[1])
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -156,6 +156,18 @@ class _Step:
     table: NDArray[np.int64] | None = None
 
 
+class _Ways(NamedTuple):
+    """What measured fastest for a span's steps on this machine, where the kernels compute.
+
+    many_rows: from how many rows on products go over panels.  float_plan: of layers in float32 without a plan
+    of their own.  own_attention: whether a chunk of a prompt attends by our own kernel.
+    """
+
+    many_rows: float = math.inf
+    float_plan: Plan | None = None
+    own_attention: bool = False
+
+
 class FusedSpan:
     """Runs of fused blocks over a page pool.  Made by `fuse`, `part` and `joined`."""
 
@@ -184,9 +196,7 @@ class FusedSpan:
         self.steps = DeviceSteps(self.blocks, start, heads, rotary)
         # None on a CPU, where compiled code, or else torch's, computes each step.
         self.on_device = None if self.steps.device.type == "cpu" else self.steps
-        self._many_rows = _many_rows(self.kept if self.on_device is None else None)
-        self._own_attention = self.on_device is None and _has_own_attention(self.kept, self.head_dim)
-        self._float_plan = _float_plan(self.blocks, self.kept) if self.on_device is None else None
+        self._ways = _ways(self.blocks, self.kept if self.on_device is None else None, self.head_dim)
 
     def part(self, start: int, stop: int) -> FusedSpan:
         """A run of the blocks [start, stop) alone."""
@@ -249,7 +259,7 @@ class FusedSpan:
         """`step` in place, compiled; attention too where the step has a table of pages."""
         before, after, together = halves
         batch, tokens, width = hidden.shape
-        it = block.compiled_for_many if batch * tokens >= self._many_rows else block.compiled
+        it = block.compiled_for_many if batch * tokens >= self._ways.many_rows else block.compiled
         low = _address(updates), where.pool.start + index
         residual = hidden.view(batch * tokens, width).numpy()
         qkv = torch.empty(batch, tokens, (self.heads + 2 * self.key_heads) * self.head_dim)
@@ -471,7 +481,7 @@ class FusedSpan:
     def _compiled_for(self, rows: int) -> bool:
         """Whether products of this number of rows are fastest in the kernels."""
         matrices = (matrix for block in self.blocks for matrix in block.matrices)
-        plans = (each.plan if isinstance(each, PackedLinear) else self._float_plan for each in matrices)
+        plans = (each.plan if isinstance(each, PackedLinear) else self._ways.float_plan for each in matrices)
         return all(plan is not None and plan.way(rows) == "compiled" for plan in plans)
 
     def _angles_for(self, length: int) -> tuple[Tensor, Tensor]:
@@ -519,12 +529,20 @@ def _by_halves(span: FusedSpan, step: _Step, pool: PagePool, start: int, stop: i
             )  # fmt: skip
 
 
-def _float_plan(blocks: Sequence[FusedBlock], kept: torch.dtype | None) -> Plan | None:
-    """The plan of layers in float32 on a CPU with kernels; None for others, which have their own."""
-    if kept != torch.float32 or decode_kernels() is None:
-        return None
-    linears = cast("tuple[nn.Linear, ...]", blocks[0].matrices)
-    return measured_plan(max(linears, key=lambda each: each.weight.numel()), torch.float32)
+def _ways(blocks: Sequence[FusedBlock], kept: torch.dtype | None, head_dim: int) -> _Ways:
+    """kept: the dtype of all matrices, None where the kernels do not compute."""
+    if kept is None or decode_kernels() is None:
+        return _Ways()
+    from node.model.attention import prefill
+    from node.model.weights.panels import panel_kernels
+
+    plan = None
+    if kept == torch.float32:
+        linears = cast("tuple[nn.Linear, ...]", blocks[0].matrices)
+        plan = measured_plan(max(linears, key=lambda each: each.weight.numel()), torch.float32)
+    if torch.get_num_threads() > 1:
+        prefill.attend_for(together=True)  # compiled or read now, and not within a step
+    return _Ways(panel_kernels.least_rows(kept), plan, prefill.is_chosen(head_dim))
 
 
 def is_compiled(span: FusedSpan) -> bool:
@@ -548,31 +566,12 @@ def _where_of(
     positions = np.broadcast_to(np.arange(position, length), (batch, tokens))
     write = _tensor(pool.slots_of(rows[:, None], positions)).view(-1)
     cos, sin = (angles[position:length, None] for angles in span._angles_for(length))
-    if span._own_attention and span._compiled(hidden) and span._compiled_for(batch * tokens):
+    if span._ways.own_attention and span._compiled(hidden) and span._compiled_for(batch * tokens):
         table = pool.table(rows, -(-length // pool.page_tokens))
         return _Where(pool, write, write, position, {}, (cos, sin), groups, table)
     read = _tensor(pool.slots(rows, length)).view(-1)
     masks = {block.window: _mask(position, tokens, block.window, hidden) for block in span._run(start, stop)}
     return _Where(pool, write, read, position, masks, (cos, sin), groups)
-
-
-def _has_own_attention(kept: torch.dtype | None, head_dim: int) -> bool:
-    """Whether a chunk of a prompt attends by our own kernel, where its products are in the kernels."""
-    if kept is None or decode_kernels() is None:
-        return False
-    prefill = prefill_attention()
-    if torch.get_num_threads() > 1:
-        prefill.attend_for(together=True)  # compiled or read now, and not within a step
-    return bool(prefill.is_chosen(head_dim))
-
-
-def _many_rows(kept: torch.dtype | None) -> float:
-    """From how many rows on products over panels are faster; infinity where the kernels are not used."""
-    if kept is None or decode_kernels() is None:
-        return math.inf
-    from node.model.weights.panels import panel_kernels
-
-    return panel_kernels.least_rows(kept)
 
 
 def _address(updates: NDArray[np.int64]) -> int:
