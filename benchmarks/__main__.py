@@ -28,6 +28,7 @@ BENCHMARKS: Mapping[str, str] = {
     "balance": "benchmarks.recovery.balance",
     "executor": "benchmarks.compute.executor",
     "ragged": "benchmarks.compute.ragged",
+    "prefill": "benchmarks.compute.prefill",
     "journal": "benchmarks.compute.journal",
     "backward": "benchmarks.compute.backward",
     "training": "benchmarks.compute.training",

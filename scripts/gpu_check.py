@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.compute.memory_reader import MemoryReader  # noqa: E402
+from benchmarks.lib.memory_reader import MemoryReader  # noqa: E402
 from benchmarks.compute.shapes import shape_folder, timed  # noqa: E402
 from node.config import LLM_INT8  # noqa: E402
 from node.devices import (  # noqa: E402

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from benchmarks.compute.memory_reader import MemoryReader
 from benchmarks.compute.shapes import SHAPES, shape_folder
 from benchmarks.compute.shapes import timed as timed_on
+from benchmarks.lib.memory_reader import MemoryReader
 from benchmarks.lib.results import Run
 from node.config import QUANTIZE_CHOICES, ConfigError, config_errors
 from node.devices import (

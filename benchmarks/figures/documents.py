@@ -46,6 +46,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "reach": network.reach_block,
     "executor": compute.executor_block,
     "ragged": compute.ragged_block,
+    "prefill": compute.prefill_block,
     "loop-lag": compute.loop_lag_block,
     "quality": compute.quality_block,
     "quality-codecs": compute.quality_codecs_block,

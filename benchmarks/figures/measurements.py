@@ -49,6 +49,7 @@ LONG: Mapping[str, Sequence[str]] = {
         "--dtype", "float32", "bfloat16",
     ],
     "ragged": ["ragged", "--context", "64", "1024"],
+    "prefill": ["prefill", "--tokens", "32", "128", "512", "1024", "2048", "8192", "--rounds", "2"],
     "adapters": ["adapters"],
     "gateway": ["gateway"],
     "flood": ["flood", "--quantize", "int8"],

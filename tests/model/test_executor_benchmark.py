@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compute import executor, shapes
-from benchmarks.compute.memory_reader import MemoryReader
+from benchmarks.lib.memory_reader import MemoryReader
 from node.model.checkpoint.info import read_info
 
 

@@ -53,6 +53,19 @@ def ragged_block(figures: Figures) -> str:
     return with_note(markdown_table(["ms in one batch", "ms apart", "x one token"], rows), *runs)
 
 
+def prefill_block(figures: Figures) -> str:
+    """Prompts by their length, and a step behind each."""
+    runs = figures["prefill"]
+    rows = [
+        (
+            f"{weights_name(run)}, {run['tokens']:,} tokens",
+            [f"{run['seconds']:.2f}", f"{run['tokens_per_s']:.0f}", f"{run['decode_ms']:.1f}"],
+        )
+        for run in runs
+    ]
+    return with_note(markdown_table(["seconds", "tokens/s", "ms of a step behind them"], rows), *runs)
+
+
 def loop_lag_block(figures: Figures) -> str:
     """The lateness of the event loop, next to an idle engine and next to a full one."""
     run = figures["loop-lag"]
