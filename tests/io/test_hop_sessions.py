@@ -45,10 +45,13 @@ class Sent:
         self.prefix = ""
         self.limit = self.speed = 0
         self.judge: Callable[[bytes, int], Refused | None] | None = None
-        self.closed = self.relayed = self.has_better_way = False
+        self.closed = self.relayed = self.has_better_way = self.batches = False
 
     async def send(self, frame: object, seconds: float | None = None) -> None:
         await trio.lowlevel.checkpoint()
+
+    def send_now(self, frame: object) -> bool:
+        return False
 
     async def receive(self, seconds: float | None = None) -> None:
         await trio.sleep_forever()

@@ -134,7 +134,9 @@ def test_a_long_prompt_through_compiled_halves_has_its_adapter(folder):
     got = span.forward(hidden, span.new_cache(2, 64), 0, adapter=adapter)
     span._fused = None
     expected = span.forward(hidden, span.new_cache(2, 64), 0, adapter=adapter)
-    assert error(got, expected) < 1e-3  # rows are rounded to 16 bits, one of another last bit otherwise
+    # Rows are rounded to 16 bits, one of another last bit otherwise.  One way may attend to keys and values
+    # before they are rounded for the cache.
+    assert error(got, expected) < 5e-3
     assert error(got, span.forward(hidden, span.new_cache(2, 64), 0)) > 0.01
 
 

@@ -243,6 +243,7 @@ async def test_a_prefills_chunk_is_one_copy_each_way(tmp_path, autojump_clock):
             step = sessions.open(batch=batch)
             for tokens in (20, 33, 1, 7):
                 await step(tokens)
+            await trio.sleep(10)  # beside a session that decodes chunks would be short
         assert len(compute.batches) == 8
         for counted in compute.batches:
             assert (counted.to_device, counted.to_host) == (1, 1)
