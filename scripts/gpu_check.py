@@ -39,8 +39,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.lib.memory_reader import MemoryReader  # noqa: E402
 from benchmarks.compute.shapes import shape_folder, timed  # noqa: E402
+from benchmarks.lib.memory_reader import MemoryReader  # noqa: E402
 from node.config import LLM_INT8  # noqa: E402
 from node.devices import (  # noqa: E402
     find_device,
