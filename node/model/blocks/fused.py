@@ -533,16 +533,15 @@ def _ways(blocks: Sequence[FusedBlock], kept: torch.dtype | None, head_dim: int)
     """kept: the dtype of all matrices, None where the kernels do not compute."""
     if kept is None or decode_kernels() is None:
         return _Ways()
-    from node.model.attention import prefill
     from node.model.weights.panels import panel_kernels
 
-    plan = None
+    plan, attention = None, prefill_attention()
     if kept == torch.float32:
         linears = cast("tuple[nn.Linear, ...]", blocks[0].matrices)
         plan = measured_plan(max(linears, key=lambda each: each.weight.numel()), torch.float32)
     if torch.get_num_threads() > 1:
-        prefill.attend_for(together=True)  # compiled or read now, and not within a step
-    return _Ways(panel_kernels.least_rows(kept), plan, prefill.is_chosen(head_dim))
+        attention.attend_for(together=True)  # compiled or read now, and not within a step
+    return _Ways(panel_kernels.least_rows(kept), plan, attention.is_chosen(head_dim))
 
 
 def is_compiled(span: FusedSpan) -> bool:
