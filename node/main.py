@@ -115,13 +115,13 @@ async def _serve(config: NodeConfig, compute: Runner, stopping: Stopping, presen
         await compute.run(_prepare_library, folder)
         devices, dtype, threads = await compute.run(_devices_and_dtype, config)
         model = Model(folder, info, dtype, threads)
-        if config.threads is None and config.tensor_parallel == 1:  # ranks keep theirs
-            share = ThreadShare(cores_of_this_process(), threads)
-            nursery.start_soon(follow, share, present, partial(_use_threads, compute))
         dividing = open_placement(
             devices, folder, compute, ranks=config.tensor_parallel, threads=threads, on_lost=stopping.lose
         )
         async with dividing as placement:
+            if config.threads is None:
+                share = ThreadShare(cores_of_this_process(), threads, config.tensor_parallel)
+                nursery.start_soon(follow, share, present, partial(_use_threads, compute, placement))
             meters = None if metrics is None else metrics.meters
             setup, blocks = await find_setup(config, node, compute, placement, model, meters)
             await _serve_blocks(config, node, setup, blocks, compute, stopping, nursery, metrics)
@@ -312,8 +312,8 @@ async def find_setup(
     )  # fmt: skip
     where = f"{placement} ({found})" if (found := hardware(placement.device)) else str(placement)
     log.info(
-        "loading blocks %s of %s (revision %s) as %s, quantize %s, on %s, %d threads",
-        blocks, info.name, info.revision, dtype, precision.packing, where, threads,
+        "loading blocks %s of %s (revision %s) as %s, quantize %s, on %s, %d thread%s",
+        blocks, info.name, info.revision, dtype, precision.packing, where, threads, "s" * (threads > 1),
     )  # fmt: skip
     bound = replace(span_alone, training=training, reserve=room.reserved_bytes(info, precision))
     if not placement.takes_adapters:
@@ -555,24 +555,27 @@ def _cache_dir() -> Path | None:
         return None
 
 
-async def _use_threads(compute: Runner, threads: int, nodes: int) -> None:
-    """Compute with so many threads from the next batch on."""
+async def _use_threads(compute: Runner, placement: Placement, threads: int, nodes: int) -> None:
+    """Compute with so many threads in each process of the node, from the next batch on."""
     import torch
 
+    if placement.team is not None:
+        placement.team.use_threads(threads)
     await compute.run(torch.set_num_threads, threads)
     torch.set_num_threads(threads)  # torch asks the calling thread, and a step may be computed in this one
+    each = "" if placement.team is None else f" in each of {len(placement.devices)} processes"
     many = nodes > 1
     log.info(
-        "%d thread%s from now on: %d node%s serve%s on this machine",
-        threads, "s" * (threads > 1), nodes, "s" * many, "" if many else "s",
+        "%d thread%s%s from now on: %d node%s serve%s on this machine",
+        threads, "s" * (threads > 1), each, nodes, "s" * many, "" if many else "s",
     )  # fmt: skip
 
 
 def _threads(config: NodeConfig, present: Presence) -> int:
-    """Of torch in this process: ranks on a CPU divide the node's cores among them."""
+    """Of torch in this process."""
     if config.threads is not None:
         return config.threads
-    return max(1, threads_at_start(present) // config.tensor_parallel)
+    return threads_at_start(present, config.tensor_parallel)
 
 
 def _devices_and_dtype(config: NodeConfig) -> tuple[tuple[str, ...], str, int]:

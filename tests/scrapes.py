@@ -76,7 +76,8 @@ def node_metrics(servers: int = 3) -> NodeMetrics:
         budget=SimpleNamespace(all_tokens=4096, free_tokens=4000),
     )  # fmt: skip
     spec = SimpleNamespace(blocks=Blocks(0, 10), model="tiny", revision="r1")
-    span = SimpleNamespace(listener=listener, spec=spec, admission=SimpleNamespace(draining=False))
+    admission = SimpleNamespace(draining=False)
+    span = SimpleNamespace(listener=listener, spec=spec, admission=admission, threads=2)
     setup = SimpleNamespace(
         info=SimpleNamespace(name="tiny", revision="r1"), placement="cpu",
         precision=SimpleNamespace(dtype="float32", quantize="none"),

@@ -72,7 +72,7 @@ async def ask_servers(
 ) -> None:
     """Ask up to MAX_ASKED servers for their state, and put it in the place of their records' in `peers`.
 
-    Adds `sessions`, None where no answer came within ASK_SECONDS: then the record stands.
+    Adds `sessions` and `threads`, None where no answer came within ASK_SECONDS: then the record stands.
     """
     limiter = trio.CapacityLimiter(ASKED_AT_ONCE)
 
@@ -84,12 +84,13 @@ async def ask_servers(
                     "sessions": info.sessions,
                     "free_cache_tokens": info.cache_tokens,
                     "queue": info.queue,
+                    "threads": info.threads or None,  # older versions do not say
                 }
 
     servers = [peer for peer in peers if peer["blocks"] is not None]
     async with trio.open_nursery() as nursery:
         for peer in servers:
-            peer["sessions"] = None
+            peer["sessions"] = peer["threads"] = None
         for peer in [peer for peer in servers if peer["state"] in ("online", "draining")][:MAX_ASKED]:
             nursery.start_soon(ask, peer)
 
@@ -125,6 +126,7 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
     asked = any("sessions" in peer for peer in facts["peers"])
     if asked:
         table.add_column("sessions", justify="right", no_wrap=True)
+        table.add_column("threads", justify="right", no_wrap=True)
     for peer in sorted(facts["peers"], key=lambda peer: (peer["model"], peer["blocks"] or [])):
         serves = peer["blocks"] is not None
         measured = serves and peer["decode_ms_per_block"] > 0
@@ -140,7 +142,7 @@ def tables(facts: dict[str, Any]) -> list[Table | str]:  # Any: JSON
             str(peer["free_cache_tokens"]) if measured else "",
             str(peer["queue"]) if measured else "",
             "?" if peer["rtt_ms"] is None else f"{peer['rtt_ms']:.2f}",
-            *([_sessions(peer)] if asked else []),
+            *([_said(peer, "sessions"), _said(peer, "threads")] if asked else []),
         )
     parts: list[Table | str] = [table]
     if not facts["models"]:
@@ -187,9 +189,9 @@ def _relayed(model: dict[str, Any]) -> str:  # Any: JSON
     return line + (f"; blocks {runs} only by relayed ones" if runs else "")
 
 
-def _sessions(peer: dict[str, Any]) -> str:  # Any: JSON
-    """The open sessions of a server that has said them."""
-    found = peer.get("sessions")
+def _said(peer: dict[str, Any], key: str) -> str:  # Any: JSON
+    """A number that a server has said when it was asked; empty without an answer."""
+    found = peer.get(key)
     return "" if found is None else str(found)
 
 

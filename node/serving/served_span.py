@@ -185,6 +185,11 @@ class ServedSpan:
         takes = self.adapters is not None and any(self.adapters.shapes().values())
         return self.setup.limits.max_adapter_rank if takes else 0
 
+    @property
+    def threads(self) -> int:
+        """The threads that compute now, in each process of the node; asked in the event loop's thread."""
+        return torch.get_num_threads()
+
     def info(self) -> PeerInfo:
         """The span's state at this moment, for a peer that asks."""
         record, listener = self.record("online"), self.listener
@@ -208,6 +213,7 @@ class ServedSpan:
             prefill_seconds_per_token=record.prefill_seconds_per_token,
             name=record.name,
             version=record.version,
+            threads=self.threads,
         )
 
     async def run(self) -> None:

@@ -15,6 +15,7 @@ from tensor_codec.span_spec import DTYPES, QUANTIZE
 INFO_PROTOCOL = "/raceme/info/1"  # any node and a serving peer
 INFO_FRAME_BYTES = 2 + MAX_HEADER_BYTES  # the messages have no body
 MAX_SESSIONS = 1 << 20
+MAX_THREADS = 1 << 16
 _DTYPES, _QUANTIZE = frozenset(DTYPES), frozenset(QUANTIZE)
 _STATES = frozenset(("online", "draining"))
 
@@ -33,6 +34,7 @@ class PeerInfo:
     seconds_per_block: one decode step through one block.  prefill_seconds_per_token: one token of a prefill
     through one block, in seconds.
     name, version: for people.
+    threads: that compute, in each process of the peer; 0: not said, by an older version.
     """
 
     state: str
@@ -54,6 +56,7 @@ class PeerInfo:
     prefill_seconds_per_token: float
     name: str
     version: str
+    threads: int = 0
 
     @property
     def span(self) -> Blocks:
@@ -73,7 +76,10 @@ def decode_describe(frame: Buffer) -> None:
 
 def encode_info(info: PeerInfo) -> list[Buffer]:
     """The answer: the parts of a frame."""
-    return [pack_header({"k": "info", **asdict(info)})]
+    said = asdict(info)
+    if not info.threads:
+        del said["threads"]
+    return [pack_header({"k": "info", **said})]
 
 
 def decode_info(frame: Buffer) -> PeerInfo | Failed:
@@ -106,4 +112,5 @@ def decode_info(frame: Buffer) -> PeerInfo | Failed:
         prefill_seconds_per_token=header.number("prefill_seconds_per_token", 0.0, MAX_RATE_SECONDS),
         name=header.text("name", 64, empty=True),
         version=header.text("version", 32, empty=True),
+        threads=header.integer("threads", 0, MAX_THREADS, absent=0),
     )

@@ -16,6 +16,7 @@ import trio
 from node.main import _use_threads
 from node.runtime.compute_thread import open_compute_thread
 from node.serving.placement import thread_share
+from node.serving.placement.placement import Placement
 from node.serving.placement.thread_share import ThreadShare, follow, presence
 from tests.processes import python, running
 
@@ -52,7 +53,9 @@ async def test_torch_has_fewer_threads_next_to_a_neighbour_and_more_once_it_is_k
         assert neighbour.stdout.readline() == "there\n"
         async with open_compute_thread() as compute, trio.open_nursery() as nursery:
             share = ThreadShare(cores=2, threads=2)
-            nursery.start_soon(follow, share, own, partial(_use_threads, compute), lambda: 1)
+            nursery.start_soon(
+                follow, share, own, partial(_use_threads, compute, Placement(("cpu",))), lambda: 1
+            )
 
             async def has(threads: int) -> None:
                 with trio.fail_after(SECONDS):

@@ -362,7 +362,7 @@ async def test_a_node_says_its_state_of_this_moment_on_request(autojump_clock: o
             state="online", model="m", revision="r", blocks=6, start=0, stop=3, dtype="float32",
             quantize="none", sessions=0, cache_tokens=10**6, cache_size=10**6, page_tokens=16,
             session_tokens=10**6, step_tokens=2048, queue=0.0, seconds_per_block=1.0,
-            prefill_seconds_per_token=1.0, name="name", version=VERSION,
+            prefill_seconds_per_token=1.0, name="name", version=VERSION, threads=torch.get_num_threads(),
         )  # fmt: skip
         await setting.open(0, 3)
         session = next(iter(budget._sessions))

@@ -21,7 +21,7 @@ from tensor_codec.messages.info import PeerInfo, decode_describe, encode_info
 from tests.fakes import memory_framed_pair
 
 INFO = PeerInfo(
-    "online", "m", "r", 6, 0, 3, "float32", "none", 2, 64, 96, 16, 96, 2048, 1.5, 0.01, 0.001, "n", "0"
+    "online", "m", "r", 6, 0, 3, "float32", "none", 2, 64, 96, 16, 96, 2048, 1.5, 0.01, 0.001, "n", "0", 8
 )
 
 
@@ -64,13 +64,14 @@ async def test_what_servers_say_takes_the_place_of_their_records(autojump_clock:
         await ask_servers(open_stream, found["peers"])
         assert trio.current_time() - began <= ASK_SECONDS
         nursery.cancel_scope.cancel()
-    keys = ("sessions", "free_cache_tokens", "queue")
+    keys = ("sessions", "threads", "free_cache_tokens", "queue")
     said = {peer["peer"]: tuple(peer[key] for key in keys) for peer in found["peers"]}
-    assert said.pop("answers") == (2, 64, 1.5)
-    assert said == dict.fromkeys(("refuses", "silent", "unreachable"), (None, 96, 0.0))
+    assert said.pop("answers") == (2, 8, 64, 1.5)
+    assert said == dict.fromkeys(("refuses", "silent", "unreachable"), (None, None, 96, 0.0))
     asked: Any = tables(found)[0]
-    assert asked.columns[-1].header == "sessions"
-    assert sorted(asked.columns[-1].cells) == ["", "", "", "2"]
+    for column, header, said_by_one in zip(asked.columns[-2:], ("sessions", "threads"), "28", strict=True):
+        assert column.header == header
+        assert sorted(column.cells) == ["", "", "", said_by_one]
     unasked: Any = tables(facts("answers"))[0]
     assert "sessions" not in [column.header for column in unasked.columns]
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pytest
+import torch
 import trio
 import trio.testing
 
+from node.main import _use_threads
+from node.model.parallel.team import Team
+from node.runtime.compute_thread import open_compute_thread
+from node.serving.placement.placement import Placement
 from node.serving.placement.thread_share import COUNT_SECONDS, MORE_SECONDS, ThreadShare, follow, presence
 
 
@@ -63,3 +70,25 @@ async def test_command_lines_are_counted_for_a_while_after_a_change_alone(
             assert counts == 2 * (COUNT_SECONDS + 1)
             nursery.cancel_scope.cancel()
     assert changes == [(2, 2)]
+
+
+async def test_ranks_take_the_number_of_their_node(caplog: pytest.LogCaptureFixture):
+    class FakeTeam:
+        """Keeps the number that it was given."""
+
+        threads = 0
+
+        def use_threads(self, threads: int) -> None:
+            self.threads = threads
+
+    caplog.set_level(logging.INFO, "raceme")
+    team = FakeTeam()
+    try:
+        async with open_compute_thread() as compute:
+            await _use_threads(compute, Placement(("cpu", "cpu"), cast(Team, team)), 2, 2)
+        assert (team.threads, torch.get_num_threads()) == (2, 2)
+    finally:
+        torch.set_num_threads(1)
+    (record,) = caplog.records
+    words = "2 threads in each of 2 processes from now on: 2 nodes serve on this machine"
+    assert record.getMessage() == words

@@ -25,10 +25,14 @@ from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
 from node.model.parallel.shard import FAMILIES
 from node.model.parallel.sharded import ShardedSpan, load_sharded
 from node.model.parallel.team import Team, open_team
+from node.model.parallel.worker import _use_threads
 from node.model.weights.plans import Plan
+from node.model.weights.quantize import multiplies_bfloat16
 from tests.model_fixtures import BLOCKS, TINY, save_tiny
 
 torch.set_num_threads(1)
+
+GRADIENTS = {"backward", "gradient", "of prompts", "back through the tape"}
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +93,12 @@ def answers(span: Span) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_close(sharded: Span, one: Span, relative: float) -> None:
+def assert_close(sharded: Span, one: Span, relative: float, of_gradients: float = 0) -> None:
     expected = answers(one)
     for name, got in answers(sharded).items():
         error = (got - expected[name]).norm() / expected[name].norm()
-        assert error < relative, f"{name}: {error:g}"
+        most = max(relative, of_gradients) if name in GRADIENTS else relative
+        assert error < most, f"{name}: {error:g}"
 
 
 def test_two_ranks_compute_what_one_device_computes(team, folder):
@@ -118,7 +123,8 @@ def plain_products(monkeypatch) -> None:
 def test_int8_shards_have_the_codes_of_one_device(team, name, tmp_path):
     folder = saved(name, tmp_path)
     sharded = load_sharded(team, folder, 0, BLOCKS, quantize="int8")
-    assert_close(sharded, load_span(folder, 0, BLOCKS, quantize="int8"), 2e-4)
+    of_gradients = 2e-2 if multiplies_bfloat16() else 0  # rounded there: see PackedLinear.back
+    assert_close(sharded, load_span(folder, 0, BLOCKS, quantize="int8"), 2e-4, of_gradients)
     whole, own = (
         span.architecture.blocks_of(span.model)[0].mlp
         for span in (load_span(folder, 0, 1, quantize="int8"), sharded)
@@ -161,6 +167,18 @@ def test_what_is_dropped_here_is_dropped_there(team, tmp_path):
     gc.collect()
     pending = [message["kind"] for message in team._later if message["do"] == "forget"]
     assert {"span", "pool", "graph"} <= set(pending)
+
+
+def test_ranks_take_the_number_of_threads_with_their_next_step(team, tmp_path):
+    folder = saved("llama", tmp_path)
+    sharded = load_sharded(team, folder, 0, BLOCKS)
+    team.use_threads(2)
+    assert_close(sharded, load_span(folder, 0, BLOCKS), 1e-5)
+    assert not any(message["do"] == "threads" for message in team._later)
+    team.use_threads(1)
+    _use_threads({"threads": 2})
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 def test_a_fault_at_one_rank_while_loading_leaves_the_team_sound(team, tmp_path):

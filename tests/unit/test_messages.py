@@ -486,6 +486,7 @@ def test_prompts_that_do_not_fit_are_refused_with_the_numbers(body, changes, wor
 def test_a_peer_s_state_comes_back_as_it_was_or_as_a_refusal():
     assert decode_info(joined(encode_info(INFO))) == INFO
     assert INFO.span == Blocks(0, 3)
+    assert decode_info(joined(encode_info(replace(INFO, threads=4)))).threads == 4  # 0: an older version
     failed = Failed("draining", "loading", 2.0)
     assert decode_info(joined(encode_failed(failed))) == failed
 
@@ -522,6 +523,8 @@ def test_a_peer_s_state_comes_back_as_it_was_or_as_a_refusal():
         ("name", "n" * 64, "n" * 65),
         ("name", "", None),
         ("version", "v" * 32, "v" * 33),
+        ("threads", 1 << 16, (1 << 16) + 1),
+        ("threads", 0, -1),
     ],
 )
 def test_a_peer_s_state_has_values_within_bounds_alone(key, allowed, refused):

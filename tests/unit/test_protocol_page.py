@@ -71,8 +71,9 @@ PROMPTS = ROW + ROW  # of two blocks
 PACKED = bytes(CONTRACT.packed_row_bytes)
 STEP = session.Step(bytes(16), 3, 5, "last", PACKED, ((1, 2),), 1, True, 9, (0,), bytes(8), True, (7,))
 INFO = info.PeerInfo(
-    "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "n", "0"
-)
+    "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "n", "0",
+    4,
+)  # fmt: skip
 OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True, 1, PROMPTS, 2, bytes(8))
 
 

@@ -51,6 +51,7 @@ def test_a_serving_node_is_known_by_its_command_line(words: list[str], serves: b
 
 def test_cores_are_divided_by_the_nodes_on_the_machine():
     assert [threads_for(8, nodes) for nodes in (1, 3, 8, 9, 0)] == [8, 2, 1, 1, 8]
+    assert [threads_for(8, nodes, ranks=2) for nodes in (1, 3, 8)] == [4, 1, 1]
 
 
 def test_a_node_that_starts_counts_itself_once_and_others_by_file_or_command_line(
@@ -64,6 +65,7 @@ def test_a_node_that_starts_counts_itself_once_and_others_by_file_or_command_lin
             assert threads_at_start(second) == 4
         monkeypatch.setattr(thread_share, "servers_on_this_machine", lambda: 3)
         assert threads_at_start(first) == 2
+        assert threads_at_start(first, ranks=2) == 1
 
 
 def test_fewer_threads_are_taken_at_once():
@@ -73,6 +75,14 @@ def test_fewer_threads_are_taken_at_once():
     assert share.look(2, 2.0) is None
     assert share.look(9, 3.0) == 1
     assert share.threads == 1
+
+
+def test_ranks_divide_the_threads_of_their_node():
+    share = ThreadShare(8, 4, ranks=2)
+    assert share.look(1, 0.0) is None
+    assert share.look(2, 1.0) == 2
+    assert share.look(1, 2.0) is None
+    assert share.look(1, 2.0 + MORE_SECONDS) == 4
 
 
 def test_more_threads_are_taken_when_the_others_stay_away():

@@ -27,6 +27,7 @@ APART, BACK = "apart", "back"  # blocks on whole rows, and back through them
 FORGET = "forget"  # a span, a pool or a graph that nobody uses any more
 RECORD = "record"  # CUDA graphs at start
 ROOM = "room"  # give unused memory back, and say how much is free
+THREADS = "threads"  # of torch, from the next step on
 
 
 def packed(message: Mapping[str, Any]) -> bytes:

@@ -122,6 +122,10 @@ class Team:
         self.tell(commands.ROOM)
         return [int(answer["free"]) for answer in self.answers(ROOM_SECONDS)]
 
+    def use_threads(self, threads: int) -> None:
+        """Have the other ranks compute with so many threads of torch from the next step on.  As `later`."""
+        self.later(commands.THREADS, threads=threads)
+
     @contextmanager
     def in_step(self, seconds: float | None = None) -> Iterator[None]:
         """The other ranks compute what the block computes: a fault in it leaves them out of step.

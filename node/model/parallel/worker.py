@@ -50,15 +50,21 @@ def _read(connection: Connection, messages: queue.SimpleQueue[Message]) -> None:
 
 
 def _follow(first: Message, connection: Connection, messages: queue.SimpleQueue[Message]) -> None:
-    import torch
     import transformers.modeling_utils  # noqa: F401  the seconds of importing, before the ranks meet
 
-    torch.set_num_threads(first["threads"])
+    _use_threads(first)
     connection.send_bytes(packed({}))
     rank = _Rank(first, connection)
     while True:
         message = messages.get()
         rank.do[message["do"]](message)
+
+
+def _use_threads(message: Message) -> None:
+    """Of torch, from the next step on."""
+    import torch
+
+    torch.set_num_threads(message["threads"])
 
 
 class _Rank:
@@ -83,7 +89,7 @@ class _Rank:
             commands.CUT: self._cut, commands.ORDER: self._order, commands.CLOSE: self._close,
             commands.FORWARD: self._forward, commands.DECODE: self._decode,
             commands.APART: self._apart, commands.BACK: self._back, commands.FORGET: self._forget,
-            commands.ROOM: self._room,
+            commands.ROOM: self._room, commands.THREADS: _use_threads,
         }  # fmt: skip
 
     def _load(self, message: Message) -> None:

@@ -113,6 +113,7 @@ class NodeMetrics:
             blocks, engine = spans[0].spec.blocks, spans[0].listener.engine
             sheet.put(of.NODE_BLOCK_START, blocks.start)
             sheet.put(of.NODE_BLOCK_STOP, blocks.stop)
+            sheet.put(of.NODE_THREADS, spans[0].threads)
             sheet.put(of.NODE_QUEUE, engine.queue)
             sheet.put(of.NODE_PER_BLOCK, engine.rates.decode_seconds_per_block, kind="decode")
             sheet.put(of.NODE_PER_BLOCK, engine.rates.prefill_seconds_per_block_token, kind="prefill")

@@ -38,18 +38,20 @@ DIRECTORY_COMMANDS = {"bootstrap", "status", "models", "prepare", "new-swarm-key
 class ThreadShare:
     """Decides how many threads a node takes; looks, counts and sets nothing.
 
-    cores: that the process may use.  threads: taken now.  Fewer are taken at once, more only when the
-    nodes have been fewer for MORE_SECONDS.
+    cores: that the process may use.  threads: taken now, in each process.  ranks: processes that divide the
+    node's blocks and its cores.  Fewer threads are taken at once, more only when the nodes have been fewer
+    for MORE_SECONDS.
     """
 
     cores: int
     threads: int
+    ranks: int = 1
     _more_since: float | None = None
 
     def look(self, nodes: int, now: float) -> int | None:
         """The new number of threads, None where it stays.  nodes: that serve on this machine, this one
         included; now: seconds of any clock."""
-        wanted = threads_for(self.cores, nodes)
+        wanted = threads_for(self.cores, nodes, self.ranks)
         if wanted <= self.threads:
             self._more_since = None
         elif self._more_since is None:
@@ -61,9 +63,9 @@ class ThreadShare:
         return wanted
 
 
-def threads_for(cores: int, nodes: int) -> int:
-    """An equal part of the cores for each node; at least 1."""
-    return max(1, cores // max(1, nodes))
+def threads_for(cores: int, nodes: int, ranks: int = 1) -> int:
+    """An equal part of the cores for each of a node's `ranks` processes, and so for each node; at least 1."""
+    return max(1, cores // max(1, nodes) // ranks)
 
 
 def cores_of_this_process() -> int:
@@ -172,9 +174,10 @@ def serves_blocks(words: Sequence[str]) -> bool:
     return after[:1] == ["node"] and not DIRECTORY_COMMANDS.intersection(after[1:2])
 
 
-def threads_at_start(present: Presence) -> int:
-    """The part of this node when it starts."""
-    return threads_for(cores_of_this_process(), max(servers_on_this_machine(), len(present.nodes())))
+def threads_at_start(present: Presence, ranks: int = 1) -> int:
+    """The part of this node when it starts, in each of its processes."""
+    nodes = max(servers_on_this_machine(), len(present.nodes()))
+    return threads_for(cores_of_this_process(), nodes, ranks)
 
 
 async def follow(
