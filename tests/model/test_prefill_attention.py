@@ -9,9 +9,11 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from node.model.attention import prefill  # it imports numba
+from node.model.attention import prefill, tiles  # they import numba
 from node.model.weights import kernels
-from tests.page_stores import PAGE, SCALE_BITS, PageStores
+from tests.page_stores import PAGE, SCALE, SCALE_BITS, PageStores
+
+IN_PAIRS = float(np.float32(SCALE) * np.float32(1.4426950408889634))  # of queries that become bfloat16
 
 
 class Stores(PageStores):
@@ -28,7 +30,7 @@ class Stores(PageStores):
         out = torch.full_like(q, float("nan"))
         table = np.ascontiguousarray(self.table[rows or [0]])
         with kernels.team(threads) as together:
-            prefill.attend_for(together=together)(
+            prefill.attend_for(self.keys.dtype, together=together)(
                 line.data_ptr(), width + 24, batch, tokens, key_heads, width // (key_heads * head_dim),
                 head_dim, self.keys.data_ptr(), self.values.data_ptr(), self.keys.element_size(),
                 table.ctypes.data, table.shape[1], position, PAGE, SCALE_BITS, window, out.data_ptr(),
@@ -49,9 +51,24 @@ def test_every_position_sees_those_before_it(
 ):
     stores = Stores([position + tokens], key_heads, head_dim, dtype)
     q = torch.randn(1, tokens, key_heads * group * head_dim)
-    answer = stores.attended(q, position, window)[0]
+    answer, tolerance = stores.attended(q, position, window)[0], 1e-5
+    if dtype == torch.bfloat16 and tiles.PAIRS:
+        q = (q * IN_PAIRS).bfloat16().double() / IN_PAIRS
+        # Each weight is rounded by half of a bfloat16's last place at the most.
+        tolerance += 2**-8 * float(stores.values[stores.slots(0, position + tokens)].abs().max())
     for number in {0, tokens // 2, tokens - 1}:
         expected = stores.expected(q[0, number], 0, position + number + 1, window)
+        torch.testing.assert_close(answer[number].double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.skipif(not tiles.PAIRS, reason="a CPU without products of bfloat16 has one way")
+def test_cpus_without_products_of_bfloat16_round_neither_queries_nor_weights(monkeypatch):
+    stores, q = Stores([300], 2, 64, torch.bfloat16), torch.randn(1, 300, 4 * 64)
+    monkeypatch.setattr(prefill, "PAIRS", False)
+    monkeypatch.setattr(prefill, "attend_for", prefill.attend_for.__wrapped__)
+    answer = stores.attended(q, 0)[0]
+    for number in (0, 150, 299):
+        expected = stores.expected(q[0, number], 0, number + 1)
         torch.testing.assert_close(answer[number].double(), expected, rtol=0, atol=1e-5)
 
 

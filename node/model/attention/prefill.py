@@ -5,6 +5,9 @@ is taken out of the pages once for all queries of a key head: keys are turned, s
 number of many keys.  A few queries at a time meet it, with their sums in registers, and nothing as large as
 queries times keys is ever kept.  Tiles that no query of a group may see are left out.
 
+A CPU that multiplies bfloat16 (`tiles.PAIRS`) gets keys and values of this dtype as they are, two numbers in
+each 32 bits.  Queries and weights are rounded to bfloat16 there: they lose as much as keys and values have.
+
 Tiles of keys begin at fixed positions and each query is computed in one order, so its result has the same
 bits in any chunk.  Importing this module imports numba.
 """
@@ -18,10 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, njit, prange, types
+from numba.extending import overload
 from torch.nn import functional
 
-from node.model.attention.stores import shorts_at
-from node.model.attention.tiles import CACHE_LINE, REGISTERS, largest, outer, powers
+from node.model.attention.stores import shortened, shorts_at, words_at
+from node.model.attention.tiles import (
+    CACHE_LINE,
+    PAIRS,
+    REGISTERS,
+    fetch,
+    largest,
+    outer,
+    powers,
+    short_powers,
+)
 from node.model.weights.compiling import Kernel, callback, compiled
 from node.model.weights.kernels import LANES, call_at, floats_at
 from node.model.weights.low_rank_kernel import word
@@ -31,7 +44,7 @@ KEYS = 256  # of a tile: with heads of 64 numbers it takes 128 KiB, and a second
 ROWS = 12 if REGISTERS == 32 else 6  # queries of a tile: two vectors of keys each fill the registers
 QUERY_BYTES = 512 * 1024  # of the queries and sums that one tile of keys is read for
 _LINE = KEYS + LANES  # floats between the scores of two queries: not a power of two
-_f = np.float32
+_f, _i = np.float32, np.int32
 _LOG2_E = np.float32(1.4426950408889634)
 _ARGUMENTS = 18
 MUCH_SLOWER = 1.5  # times torch's seconds: then torch's attention is taken
@@ -39,15 +52,30 @@ TRIES = 3  # of each way when they are measured
 ONE_BITS = int(np.float32(1).view(np.int32))
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
 def _taken(
-    item: int, width: int, store: int, size: int, page: int, table: int, begin: int, end: int, turned: bool,
-    out: Any,
+    kind: Any, item: int, width: int, store: int, size: int, page: int, table: int, begin: int, end: int,
+    turned: bool, out: Any,
 ) -> None:  # fmt: skip
     """One head's numbers of the positions [begin, end): out [positions, size], turned [size, KEYS].
 
-    store: the address of the head in slot 0.  width: numbers of a slot.
+    store: the address of the head in slot 0.  width: numbers of a slot.  A kind of two bytes: pairs in 32
+    bits, of neighbours in a head, turned [size / 2, KEYS], or of two positions [positions / 2, size], where
+    0 follows an odd last one.
     """
+
+
+@overload(_taken)  # type: ignore[untyped-decorator]
+def _taken_by_kind(
+    kind: Any, item: int, width: int, store: int, size: int, page: int, table: int, begin: int, end: int,
+    turned: bool, out: Any,
+) -> Any:  # fmt: skip
+    return _taken_in_pairs if kind.dtype.bitwidth == 16 else _taken_wide
+
+
+def _taken_wide(
+    kind: Any, item: int, width: int, store: int, size: int, page: int, table: int, begin: int, end: int,
+    turned: bool, out: Any,
+) -> None:  # fmt: skip
     for at in range(begin, end):
         slot = word(table, at // page) * page + at % page
         address, row = store + slot * width * item, at - begin
@@ -67,6 +95,39 @@ def _taken(
             else:
                 for d in range(size):
                     bits[row * size + d] = np.int32(short[d]) << np.int32(16)
+
+
+def _taken_in_pairs(
+    kind: Any, item: int, width: int, store: int, size: int, page: int, table: int, begin: int, end: int,
+    turned: bool, out: Any,
+) -> None:  # fmt: skip
+    words = out.view(np.int32)
+    for at in range(begin, end):
+        row, address = at - begin, store + (word(table, at // page) * page + at % page) * width * item
+        if turned:
+            given = carray(words_at(address), size // 2)
+            for d in range(size // 2):
+                words[d * KEYS + row] = given[d]
+        else:
+            short, line, upper = carray(shorts_at(address), size), row // 2 * size, row % 2
+            for d in range(size):
+                number = _i(short[d])
+                words[line + d] = words[line + d] | number << _i(16) if upper else number & _i(0xFFFF)
+
+
+def _powers(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
+    """Scores [first, last) become weights, of a kind of two bytes as bfloat16 from the same address on."""
+
+
+@overload(_powers)  # type: ignore[untyped-decorator]
+def _powers_by_kind(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
+    def wide(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
+        return powers(kind, scores + first * 4, last - first, most)
+
+    def short(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
+        return short_powers(kind, scores + first * 4, scores + first * 2, last - first, most)
+
+    return short if kind.dtype.bitwidth == 16 else wide
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -90,7 +151,7 @@ def _weights_of(kind: Any, scores: int, low: int, high: int, sums: int, size: in
         for i in range(size):
             values[i] *= factor
         state[0] = before = found
-    state[1] += powers(kind, scores + first * 4, last - first, before)
+    state[1] += _powers(kind, scores, first, last, before)
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -111,15 +172,16 @@ def _columns(
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _tile(
-    kind: Any, group: int, size: int, first: int, count: int, position: int, window: int, begin: int,
-    end: int, places: tuple[int, int, int, int, int], states: Any,
+    kind: Any, pair: int, group: int, size: int, first: int, count: int, position: int, window: int,
+    begin: int, end: int, places: tuple[int, int, int, int, int], states: Any,
 ) -> None:  # fmt: skip
     """Queries [first, first + ROWS) of `count` meet the keys at the positions [begin, end).
 
+    pair: bfloat16 numbers in 32 bits, or 1.
     position: of query 0; `group` queries have one position.  places: queries, keys, values, scores, sums.
     """
     queries, keys, values, scores, sums = places
-    lanes, last = len(kind), min(first + ROWS, count)
+    lanes, last, half = len(kind), min(first + ROWS, count), 2 // pair  # half: 16 bits of a weight
     lowest, highest = position + first // group, position + (last - 1) // group
     low = max(0, lowest + 1 - window - begin) if window else 0
     high = min(end, highest + 1) - begin
@@ -128,36 +190,47 @@ def _tile(
     low, wide = low - low % lanes, high + -high % lanes
     _columns(
         kind, queries + first * size * 4, 4, ROWS * 4, keys + low * 4, KEYS * 4, scores + low * 4, _LINE * 4,
-        size, wide - low, 0,
+        size // pair, wide - low, 0,
     )  # fmt: skip
     sums_at = sums + first * size * 4
     for i in range(ROWS):
-        row, at = carray(floats_at(scores + i * _LINE * 4), wide), position + (first + i) // group
+        row, at = carray(shorts_at(scores + i * _LINE * 4), wide * half), position + (first + i) // group
         from_, to = max(0, at + 1 - window - begin) if window else 0, min(end, at + 1) - begin
         if first + i >= last or from_ >= to:
             from_ = to = low
         else:
             own = scores + i * _LINE * 4
             _weights_of(kind, own, from_, to, sums_at + i * size * 4, size, states[first + i])
-        for j in range(low, from_ - from_ % lanes):
-            row[j] = _f(0)
-        for j in range(to, high):
-            row[j] = _f(0)
+        for j in range(low * half, (from_ - from_ % lanes) * half):
+            row[j] = 0
+        for j in range(to * half, wide * half):
+            row[j] = 0
     _columns(
-        kind, scores + low * 4, _LINE * 4, 4, values + low * size * 4, size * 4, sums_at, size * 4,
-        high - low, size, 1,
+        kind, scores + low * 2 * half, _LINE * 4, 4, values + low // pair * size * 4, size * 4, sums_at,
+        size * 4, (high - low + pair - 1) // pair, size, 1,
     )  # fmt: skip
 
 
 @njit(nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
-def _queries(q: int, q_stride: int, group: int, size: int, count: int, scale: Any, out: Any) -> None:
-    """`count` queries times the scale, in tiles [size, ROWS]; the last tile is filled up with zeros."""
+def _queries(
+    pair: int, q: int, q_stride: int, group: int, size: int, count: int, scale: Any, out: Any
+) -> None:
+    """`count` queries times the scale, in tiles [size, ROWS]; the last tile is filled up with zeros.
+
+    In pairs of bfloat16, the first half of a tile: [size / 2, ROWS].
+    """
+    words = out.view(np.int32)
     for i in range(count + -count % ROWS):
         tile = i // ROWS * ROWS * size + i % ROWS
         if i < count:
             given = carray(floats_at(q + (i // group * q_stride + i % group * size) * 4), size)
-            for d in range(size):
-                out[tile + d * ROWS] = given[d] * scale
+            if pair == 2:
+                for d in range(0, size, 2):
+                    low, high = shortened(given[d] * scale), shortened(given[d + 1] * scale)
+                    words[tile + d // 2 * ROWS] = (low & _i(0xFFFF)) | high << _i(16)
+            else:
+                for d in range(size):
+                    out[tile + d * ROWS] = given[d] * scale
         else:
             for d in range(size):
                 out[tile + d * ROWS] = _f(0)
@@ -165,14 +238,14 @@ def _queries(q: int, q_stride: int, group: int, size: int, count: int, scale: An
 
 @njit(nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
 def _block(
-    kind: Any, sizes: tuple[int, int, int, int], q: int, q_stride: int, tokens: int, keys: int, values: int,
-    table: int, position: int, page: int, scale: Any, window: int, out: int, scratch: Any,
+    kind: Any, sizes: tuple[int, int, int, int, int], q: int, q_stride: int, tokens: int, keys: int,
+    values: int, table: int, position: int, page: int, scale: Any, window: int, out: int, scratch: Any,
 ) -> None:  # fmt: skip
     """Attention of `tokens` positions from `position` on, for the queries of one key head.
 
     q, out: of the head's first query.  keys, values: of the head in slot 0.  scratch: see `_floats`.
     """
-    item, key_heads, group, size = sizes
+    item, key_heads, group, size, pair = sizes
     width, count = key_heads * size, tokens * group
     padded = count + -count % ROWS
     base = scratch.ctypes.data + -scratch.ctypes.data % CACHE_LINE
@@ -181,7 +254,7 @@ def _block(
     sums = scores + ROWS * _LINE * 4
     queries = sums + padded * size * 4
     states = carray(floats_at(queries + padded * size * 4), (padded, 2))
-    _queries(q, q_stride, group, size, count, scale, carray(floats_at(queries), padded * size))
+    _queries(pair, q, q_stride, group, size, count, scale, carray(floats_at(queries), padded * size))
     values_of_all = carray(floats_at(sums), padded * size)
     for i in range(padded * size):
         values_of_all[i] = _f(0)
@@ -193,11 +266,16 @@ def _block(
     begin -= begin % KEYS
     while begin < last:
         end = min(begin + KEYS, last)
-        _taken(item, width, keys, size, page, table, begin, end, True, turned)
-        _taken(item, width, values, size, page, table, begin, end, False, straight)
+        _taken(kind, item, width, keys, size, page, table, begin, end, True, turned)
+        _taken(kind, item, width, values, size, page, table, begin, end, False, straight)
         places = (queries, keys_at, values_at, scores, sums)
+        ahead, tiles = min(last - end, KEYS), padded // ROWS
         for first in range(0, padded, ROWS):
-            _tile(kind, group, size, first, count, position, window, begin, end, places, states)
+            for at in range(end + first // ROWS * ahead // tiles, end + (first // ROWS + 1) * ahead // tiles):
+                offset = (word(table, at // page) * page + at % page) * width * item
+                fetch(keys + offset, size * item)
+                fetch(values + offset, size * item)
+            _tile(kind, pair, group, size, first, count, position, window, begin, end, places, states)
         begin = end
     for i in range(count):
         answer = carray(floats_at(out + (i // group * width * group + i % group * size) * 4), size)
@@ -207,7 +285,7 @@ def _block(
 
 
 @cache
-def attention(lanes: int) -> Any:
+def attention(lanes: int, item_bytes: int) -> Any:
     """Attention of a chunk of each row, for other compiled code, which calls it by address.
 
     attend(q, q_stride, rows, tokens, key_heads, group, head_dim, keys, values, item_bytes, table,
@@ -219,9 +297,10 @@ def attention(lanes: int) -> Any:
     window: the number of positions that attention reads, 0 for all.
     out: float32 [rows * tokens, key_heads * group * head_dim].  part: of `_parts_of`; -1 for all.
 
-    lanes: head_dim is a multiple of them.
+    lanes: head_dim is a multiple of them.  item_bytes: 2 for stores of bfloat16 that is multiplied as it is.
     """
-    kind = (np.int32(0),) * lanes  # a part of the cache's key
+    kind = (np.int16(0) if item_bytes == 2 else np.int32(0),) * lanes  # a part of the cache's key
+    pair = 4 // item_bytes
 
     def attend(
         q: int, q_stride: int, rows: int, tokens: int, key_heads: int, group: int, size: int, keys: int,
@@ -232,7 +311,7 @@ def attention(lanes: int) -> Any:
         blocks = (tokens + most - 1) // most
         count = most * group + ROWS
         scratch = np.empty(2 * (KEYS + count) * size + ROWS * _LINE + 2 * count + CACHE_LINE, np.float32)
-        sizes, factor = (item, key_heads, group, size), np.int32(scale).view(np.float32) * _LOG2_E
+        sizes, factor = (item, key_heads, group, size, pair), np.int32(scale).view(np.float32) * _LOG2_E
         start, stop = (part, part + 1) if part >= 0 else (0, rows * key_heads * blocks)
         for unit in range(start, stop):
             row, head, first = unit // blocks // key_heads, unit // blocks % key_heads, unit % blocks * most
@@ -288,14 +367,16 @@ def _in_parts(
 
 
 @cache
-def attend_for(*, together: bool) -> Kernel:
-    """`attention` for Python, without `part`.  together: by the threads that `kernels.team` has given.
+def attend_for(dtype: torch.dtype, *, together: bool) -> Kernel:
+    """`attention` over stores of this dtype for Python, without `part`.
+
+    together: by the threads that `kernels.team` has given.
 
     Raises MemoryError.
     """
     signature = types.void(*[types.int64] * _ARGUMENTS)
     by_address = compiled(_in_parts, signature, parallel=True) if together else compiled(_called, signature)
-    return partial(by_address, attention(LANES).address)
+    return partial(by_address, attention(LANES, dtype.itemsize if PAIRS else 4).address)
 
 
 @cache
@@ -313,7 +394,7 @@ def is_chosen(head_dim: int) -> bool:
 def _seconds(head_dim: int) -> tuple[float, float]:
     """Of this kernel and of torch's, for a small chunk behind others, one thread each."""
     tokens, behind, heads, page = 64, 448, 4, 16
-    length, attend = tokens + behind, attend_for(together=False)
+    length, attend = tokens + behind, attend_for(torch.float32, together=False)
     q, out = torch.zeros(tokens, heads * head_dim), torch.empty(tokens, heads * head_dim)
     keys, values = (torch.zeros(length, 1, head_dim) for _ in range(2))
     table = np.arange(length // page)

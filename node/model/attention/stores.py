@@ -28,20 +28,35 @@ def shorts_at(context: Any, address: Any) -> Any:
     return types.CPointer(types.int16)(types.int64), write
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def words_at(context: Any, address: Any) -> Any:
+    """An address as a pointer to int32."""
+
+    def write(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(32).as_pointer())
+
+    return types.CPointer(types.int32)(types.int64), write
+
+
 @njit(nogil=True)  # type: ignore[untyped-decorator]
-def keep(line: Any, address: int, item_bytes: int) -> None:
-    """Put float32 numbers at an address, as bfloat16 where a number has two bytes.
+def shortened(number: Any) -> Any:
+    """The bits of a float32, rounded to bfloat16: int32, of which the lower half is the answer.
 
     Rounded to the nearest, and to the even one of two, as torch rounds; NaN stays NaN.
     """
+    bits = np.float32(number).view(np.int32)
+    rounded = (bits + _i(0x7FFF) + ((bits >> _i(16)) & _i(1))) >> _i(16)
+    return _i(0x7FC0) if (bits & _i(0x7FFFFFFF)) > _i(0x7F800000) else rounded
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def keep(line: Any, address: int, item_bytes: int) -> None:
+    """Put float32 numbers at an address, as bfloat16 (see `shortened`) where a number has two bytes."""
     if item_bytes == 4:
         wide = carray(floats_at(address), line.size)
         for i in range(line.size):  # an assignment of slices takes a second to compile
             wide[i] = line[i]
     else:
-        kept, bits = carray(shorts_at(address), line.size), line.view(np.int32)
+        kept = carray(shorts_at(address), line.size)
         for i in range(line.size):
-            number = bits[i]
-            rounded = (number + _i(0x7FFF) + ((number >> _i(16)) & _i(1))) >> _i(16)
-            is_nan = (number & _i(0x7FFFFFFF)) > _i(0x7F800000)
-            kept[i] = np.int16(_i(0x7FC0) if is_nan else rounded)
+            kept[i] = np.int16(shortened(line[i]))

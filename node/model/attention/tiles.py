@@ -13,14 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from node.model.weights.kernels import LANES
 
 REGISTERS = 32 if LANES == 16 else 16  # of vectors
+_FEATURES = (numba.config.CPU_FEATURES or get_host_cpu_features()).split(",")
+# Whether the CPU multiplies pairs of bfloat16 and adds both products to a float32: vdpbf16ps.
+PAIRS = LANES == 16 and "+avx512bf16" in _FEATURES
 FLOAT_BYTES, BRAIN_BYTES = 4, 2  # of a float32 and of a bfloat16
 CACHE_LINE = 64
 
@@ -38,6 +43,7 @@ class _Writer:
         self.build = builder
         self.width = width
         self.vector = ir.VectorType(_F32, width)
+        self.words = ir.VectorType(_I32, width)
         self.zero = ir.Constant(self.vector, [0.0] * width)
         module = builder.module
         kind = ir.FunctionType(_VOID, [_I8.as_pointer(), _I32, _I32, _I32])
@@ -46,6 +52,19 @@ class _Writer:
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c."""
         return self.call("fmuladd", a, b, c)
+
+    def of_pairs(self, a: Any, b: Any, c: Any) -> Any:
+        """c plus the products of both bfloat16 numbers in each 32 bits of a and b; see PAIRS."""
+        kind = ir.FunctionType(self.vector, [self.vector, self.words, self.words])
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.width}"
+        return self.build.call(cgutils.get_or_insert_function(self.build.module, kind, name), [c, a, b])
+
+    def shortened(self, x: Any) -> Any:
+        """A vector of float32 as bfloat16, in 16 bits; see PAIRS."""
+        shorts = ir.VectorType(_I16, self.width)
+        kind = ir.FunctionType(shorts, [self.vector])
+        name = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * self.width}"
+        return self.build.call(cgutils.get_or_insert_function(self.build.module, kind, name), [x])
 
     def at(self, base: Any, offset: Any) -> Any:
         """An address some bytes further.  offset: an i64 or a number."""
@@ -58,19 +77,19 @@ class _Writer:
         align = kind.element.width // 8 if isinstance(getattr(kind, "element", None), ir.IntType) else 4
         return self.build.load(self.build.inttoptr(address, kind.as_pointer()), align=align)
 
-    def store(self, value: Any, address: Any) -> None:
+    def store(self, value: Any, address: Any, align: int = 4) -> None:
         """Put a vector there."""
-        self.build.store(value, self.build.inttoptr(address, value.type.as_pointer()), align=4)
+        self.build.store(value, self.build.inttoptr(address, value.type.as_pointer()), align=align)
 
-    def spread(self, address: Any) -> Any:
-        """The number there in all lanes."""
-        return self.all(self.load(address, _F32))
+    def spread(self, address: Any, kind: Any = _F32) -> Any:
+        """The number of this type there in all lanes."""
+        return self.all(self.load(address, kind))
 
     def widened(self, address: Any, item_bytes: int) -> Any:
         """A vector of float32, of float32 or bfloat16 numbers there."""
         if item_bytes == FLOAT_BYTES:
             return self.load(address)
-        wide = ir.VectorType(_I32, self.width)
+        wide = self.words
         upper = self.load(address, ir.VectorType(_I16, self.width))
         sixteen = ir.Constant(wide, [16] * self.width)
         return self.build.bitcast(self.build.shl(self.build.zext(upper, wide), sixteen), self.vector)
@@ -78,8 +97,13 @@ class _Writer:
     def prefetch_all(self, address: Any, size: int) -> None:
         """Ask for the lines of `size` bytes there, to read them soon."""
         for offset in range(0, size, CACHE_LINE):
-            pointer = self.build.inttoptr(self.at(address, offset), _I8.as_pointer())
-            self.build.call(self._prefetch, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, keep it, data
+            self.ask(self.at(address, offset))
+
+    def ask(self, address: Any) -> list[Any]:
+        """Ask for the line there, to read it soon; nothing."""
+        pointer = self.build.inttoptr(address, _I8.as_pointer())
+        self.build.call(self._prefetch, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, keep it, data
+        return []
 
     def call(self, name: str, *arguments: Any) -> Any:
         """An operation of LLVM's on vectors."""
@@ -91,7 +115,7 @@ class _Writer:
         """A number, or a value, in all lanes."""
         if isinstance(number, float):
             return ir.Constant(self.vector, [number] * self.width)
-        undefined = ir.Constant(self.vector, ir.Undefined)
+        undefined = ir.Constant(ir.VectorType(number.type, self.width), ir.Undefined)
         first = self.build.insert_element(undefined, number, _I32(0))
         return self.build.shuffle_vector(first, undefined, lanes([0] * self.width))
 
@@ -100,14 +124,22 @@ class _Writer:
         return self.build.select(self.build.fcmp_ordered(">", a, b), a, b)
 
     def exp2(self, x: Any) -> Any:
-        """2^x for x <= 0, to about 2 units in the last place; 0 below 2^-126.  NaN stays NaN."""
+        """2^x for x <= 0, to about 2 units in the last place; 0 far below 2^-126.  NaN stays NaN."""
         build = self.build
+        scales = self.width == 16  # the exponent is added by one instruction of AVX-512's
+        if scales:
+            x = self.larger(self.all(-200.0), x)  # the rest of -infinity is no number
         n = self.call("floor", build.fadd(x, self.all(0.5)))
         r = build.fsub(x, n)
         p = self.all(_EXP2[0])
         for factor in _EXP2[1:]:
             p = self.fma(p, r, self.all(factor))
-        wide = ir.VectorType(_I32, self.width)
+        if scales:
+            kind = ir.FunctionType(self.vector, [self.vector] * 3 + [_I16, _I32])
+            name = "llvm.x86.avx512.mask.scalef.ps.512"
+            added = cgutils.get_or_insert_function(build.module, kind, name)
+            return build.call(added, [p, n, self.zero, _I16(-1), _I32(4)])  # all lanes, rounded as usual
+        wide = self.words
         power = build.add(build.fptosi(n, wide), ir.Constant(wide, [127] * self.width))
         power = build.bitcast(build.shl(power, ir.Constant(wide, [23] * self.width)), self.vector)
         below = build.fcmp_ordered("<", x, self.all(-126.0))
@@ -206,6 +238,18 @@ def _write_scores(builder: Any, constants: Sequence[int], arguments: Sequence[An
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def fetch(context: Any, address: Any, size: Any) -> Any:
+    """Ask for the lines of `size` bytes at an address, to read them soon."""
+
+    def write(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        to = _Writer(builder, LANES)
+        to.loop([], _I64(0), arguments[1], _I64(CACHE_LINE), lambda _, i: to.ask(to.at(arguments[0], i)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), write
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def scores(
     context: Any, kind: Any, rows: Any, keys: Any, q: Any, q_stride: Any, key: Any,
     key_stride: Any, ahead: Any, out: Any, out_stride: Any, size: Any,
@@ -262,9 +306,11 @@ def weighted(
 
 
 def _write_outer(builder: Any, constants: Sequence[int], arguments: Sequence[Any]) -> None:
-    width, _, rows, vectors = constants
+    width, item_bytes, rows, vectors = constants
     a, a_row, a_step, b, b_step, out, out_row, count, kept = arguments
     to = _Writer(builder, width)
+    pairs = item_bytes == BRAIN_BYTES
+    number, vector, product = (_I32, to.words, to.of_pairs) if pairs else (_F32, to.vector, to.fma)
     places = [
         to.at(to.at(out, builder.mul(_I64(row), out_row)), i * width * 4)
         for row in range(rows)
@@ -274,12 +320,12 @@ def _write_outer(builder: Any, constants: Sequence[int], arguments: Sequence[Any
 
     def body(sums: list[Any], index: Any) -> list[Any]:
         b_here, a_here = to.at(b, builder.mul(index, b_step)), builder.mul(index, a_step)
-        parts = [to.load(to.at(b_here, i * width * 4)) for i in range(vectors)]
+        parts = [to.load(to.at(b_here, i * width * 4), vector) for i in range(vectors)]
         for row in range(rows):
-            factor = to.spread(to.at(a_rows[row], a_here))
+            factor = to.spread(to.at(a_rows[row], a_here), number)
             for i, part in enumerate(parts):
                 place = row * vectors + i
-                sums[place] = to.fma(factor, part, sums[place])
+                sums[place] = product(factor, part, sums[place])
         return sums
 
     before, there, after = builder.block, builder.append_basic_block("there"), None
@@ -316,6 +362,7 @@ def outer(
     """out [rows, vectors * width] = the sum over i in [0, count) of a[:, i] times b[i], float32.
 
     rows, vectors: constants.  a: at a + row * a_row + i * a_step.  b: rows at b + i * b_step.
+    A kind of two bytes: a and b have pairs of bfloat16, and i counts pairs; see PAIRS.
     Steps: bytes.  kept: 0, or not 0 to go on with what is in out.
     """
     return _typed(kind, (rows, vectors), 9, _write_outer)
@@ -335,11 +382,12 @@ def _write_largest(builder: Any, width: int, x: Any, count: Any) -> Any:
     found = to.loop([first] * 4, _I64(0), four, _I64(4 * width), body)
     found[0] = to.loop(found[:1], four, count, _I64(width), body)[0]
     most = to.larger(to.larger(found[0], found[1]), to.larger(found[2], found[3]))
-    numbers = [builder.extract_element(most, _I32(lane)) for lane in range(width)]
-    answer = numbers[0]
-    for each in numbers[1:]:
-        answer = to.larger(each, answer)
-    return answer
+    half = width // 2
+    while half:
+        upper = builder.shuffle_vector(most, most, lanes([(i + half) % width for i in range(width)]))
+        most = to.larger(upper, most)
+        half //= 2
+    return builder.extract_element(most, _I32(0))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -352,16 +400,21 @@ def largest(context: Any, kind: Any, x: Any, count: Any) -> Any:
     return types.float32(kind, types.int64, types.int64), generate
 
 
-def _write_powers(builder: Any, width: int, x: Any, count: Any, most: Any) -> Any:
+def _write_powers(builder: Any, width: int, x: Any, out: Any, count: Any, most: Any) -> Any:
+    """out: None to write over x, else the address of bfloat16."""
     to = _Writer(builder, width)
     most = to.all(most)
 
     def body(sums: list[Any], index: Any) -> list[Any]:
         now = []
         for i, total in enumerate(sums):
-            address = to.at(x, builder.mul(builder.add(index, _I64(i * width)), _I64(FLOAT_BYTES)))
+            place = builder.add(index, _I64(i * width))
+            address = to.at(x, builder.mul(place, _I64(FLOAT_BYTES)))
             power = to.exp2(builder.fsub(to.load(address), most))
-            to.store(power, address)
+            if out is None:
+                to.store(power, address)
+            else:
+                to.store(to.shortened(power), to.at(out, builder.mul(place, _I64(BRAIN_BYTES))), 2)
             now.append(builder.fadd(total, power))
         return now
 
@@ -376,6 +429,20 @@ def powers(context: Any, kind: Any, x: Any, count: Any, most: Any) -> Any:
     """The `count` float32 numbers at x, a multiple of the lanes, become 2^(x - most); their sum."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        return _write_powers(builder, kind.count, *arguments[1:])
+        x, count, most = arguments[1:]
+        return _write_powers(builder, kind.count, x, None, count, most)
 
     return types.float32(kind, types.int64, types.int64, types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def short_powers(context: Any, kind: Any, x: Any, out: Any, count: Any, most: Any) -> Any:
+    """`powers` that go to `out` as bfloat16; the sum is that of float32.  See PAIRS.
+
+    out may lie in x, where no number is read any more.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        return _write_powers(builder, kind.count, *arguments[1:])
+
+    return types.float32(kind, types.int64, types.int64, types.int64, types.float32), generate

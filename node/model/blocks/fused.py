@@ -275,7 +275,7 @@ class FusedSpan:
         else:
             attended = torch.empty(batch * tokens, self.heads * self.head_dim)
             keys, values, *sizes, item = place.tolist()
-            prefill_attention().attend_for(together=together)(
+            prefill_attention().attend_for(where.pool.dtype, together=together)(
                 qkv.data_ptr(), qkv.shape[-1], batch, tokens, sizes[0], self.heads // sizes[0], sizes[1],
                 keys, values, item, where.table.ctypes.data, where.table.shape[1], where.position,
                 where.pool.page_tokens, block.scale_bits, block.window, attended.data_ptr(),
@@ -540,7 +540,8 @@ def _ways(blocks: Sequence[FusedBlock], kept: torch.dtype | None, head_dim: int)
         linears = cast("tuple[nn.Linear, ...]", blocks[0].matrices)
         plan = measured_plan(max(linears, key=lambda each: each.weight.numel()), torch.float32)
     if torch.get_num_threads() > 1:
-        attention.attend_for(together=True)  # compiled or read now, and not within a step
+        for dtype in (torch.float32, torch.bfloat16):  # compiled or read now, and not within a step
+            attention.attend_for(dtype, together=True)
     return _Ways(panel_kernels.least_rows(kept), plan, attention.is_chosen(head_dim))
 
 

@@ -30,7 +30,7 @@ def main() -> int:
     decode_kernels.run()
     for stores in (torch.float32, torch.bfloat16):
         decode.attend_for(stores, USUAL_HEAD)
-    prefill.attend_for(together=False)
+        prefill.attend_for(stores, together=False)
     low_rank_kernel.head(0)
     argmax_head.norm_kernel()
     argmax_head.screen_kernel()
