@@ -4,6 +4,7 @@
                       build-<cpu>/bin   llama-server, ggml-rpc-server, llama-bench, llama-quantize
                       gguf/<revision>   F32.gguf, BF16.gguf, Q8_0.gguf
                       python            what the conversion imports, and cmake where the machine has none
+                      *.log             each command and its output, one after the other
 
 An interrupted build goes on where it stopped.  Programs are compiled for this CPU (GGML_NATIVE), so another
 CPU has a folder of its own.
@@ -16,6 +17,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -172,10 +174,13 @@ def _pip(command: str) -> list[str]:
 
 def _compile(folder: Path, target: Path, jobs: int) -> None:
     if shutil.which("cmake") is None:
-        _fetch_python(folder, TOOLS, "cmake")
+        try:
+            _fetch_python(folder, TOOLS, "cmake")
+        except NotBuilt as error:
+            raise NotBuilt(f"there is no cmake on this machine; {error}") from None
     log = folder / "build.log"
     if shutil.which("cmake") is None and not (folder / "python" / "bin" / "cmake").exists():
-        raise NotBuilt("there is no cmake, and PyPI's did not install")
+        raise NotBuilt("there is no cmake on this machine, and PyPI's did not install")
     configure = ["cmake", "-S", str(folder / "source"), "-B", str(target), *FLAGS]
     if not (target / "CMakeCache.txt").exists() and _has_ninja(folder):
         configure += ["-G", "Ninja"]
@@ -209,7 +214,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def run(words: Sequence[str], log: Path, seconds: float, python: Path | None = None) -> None:
-    """Run a command to its end, with its output in a file, and end it with its children after `seconds`.
+    """Run a command to its end, its output at a file's end, and end it with its children after `seconds`.
 
     python: a folder of packages and programs that it may use, after those of the environment.
     Raises NotBuilt with the last line of the output that tells why.
@@ -220,8 +225,11 @@ def run(words: Sequence[str], log: Path, seconds: float, python: Path | None = N
         environment["PYTHONPATH"] = os.pathsep.join(
             [*filter(None, [environment.get("PYTHONPATH")]), str(python)]
         )
-    name = Path(words[0]).name if words[0] != sys.executable else " ".join(words[1:3])
-    with log.open("wb") as output:
+    name = next(Path(word).name for word in words if word not in (sys.executable, "-m"))
+    with log.open("ab") as output:
+        output.write(f"$ {shlex.join(words)}\n".encode())
+        output.flush()
+        begin = output.tell()
         try:
             process = subprocess.Popen(
                 words,
@@ -242,14 +250,29 @@ def run(words: Sequence[str], log: Path, seconds: float, python: Path | None = N
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode != 0:
-        raise NotBuilt(f"{name} failed: {fault_of(log.read_text(errors='replace'))} (the log is {log})")
+        said = log.read_bytes()[begin:].decode(errors="replace")
+        raise NotBuilt(f"{name} failed: {fault_of(said)} (the log is {log})")
 
 
 def fault_of(log: str) -> str:
-    """The line of a log that tells the fault best: the first with "error" in it, else the last one."""
+    """The line of a log that tells the fault best: the first with "error" in it, else the last one.
+
+    A line that ends with a colon goes on with the next three, as CMake's do.  A ninja's line of progress,
+    "[1/219] Building error.cpp.o", tells none.
+    """
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
-    return (errors or lines[-1:] or ["it said nothing"])[0][:300]
+    if not lines:
+        return "it said nothing"
+    faults = (
+        number
+        for number, line in enumerate(lines)
+        if re.search(r"\berror\b", line, re.IGNORECASE) and not re.match(r"\[\d+/\d+\]", line)
+    )
+    first = next(faults, len(lines) - 1)
+    fault = " ".join(lines[first : first + 4] if lines[first].endswith(":") else lines[first : first + 1])
+    if any("connection broken by" in line for line in lines):  # pip, which then says that there is no package
+        fault = f"pip cannot connect to its index; {fault}"
+    return fault[:300]
 
 
 def built(cache: Path, jobs: int) -> LlamaCpp | str:

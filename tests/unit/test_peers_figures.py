@@ -249,9 +249,39 @@ def test_a_command_that_does_not_end_is_ended_with_its_children(tmp_path: Path):
         run(["sleep", "60"], tmp_path / "log", 0.01)
 
 
-def test_the_last_line_of_a_log_tells_the_fault_where_none_says_error():
-    assert fault_of("one\n\nkilled\n") == "killed"
-    assert fault_of("") == "it said nothing"
+def test_a_log_has_every_command_with_its_output_and_the_fault_is_that_of_the_last_one(tmp_path: Path):
+    log = tmp_path / "log"
+    for number in (1, 2):
+        run([sys.executable, "-c", f"print('error {number}')"], log, 60)
+    with pytest.raises(NotBuilt, match="failed: third"):
+        run([sys.executable, "-c", "print('third'); exit(1)"], log, 60)
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if not line.startswith("$ ")] == ["error 1", "error 2", "third"]
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("log", "fault"),
+    [
+        ("one\n\nkilled\n", "killed"),
+        ("", "it said nothing"),
+        (
+            "-- checked\nCMake Error at CMakeLists.txt:2 (project):\n  No CMAKE_C_COMPILER\n  could be found.\n\n",
+            "CMake Error at CMakeLists.txt:2 (project): No CMAKE_C_COMPILER could be found.",
+        ),
+        (
+            "[1/2] Building C object error.c.o\nFAILED: a.o\na.c:3:1: error: no such thing\nninja: stopped\n",
+            "a.c:3:1: error: no such thing",
+        ),
+        (
+            "WARNING: Retrying after connection broken by 'NewConnectionError'\nERROR: No matching distribution\n",
+            "pip cannot connect to its index; ERROR: No matching distribution",
+        ),
+    ],
+    ids=["no error", "nothing", "cmake", "ninja", "pip"],
+)
+def test_one_line_of_a_log_tells_the_fault(log: str, fault: str):
+    assert fault_of(log) == fault
 
 
 def test_a_build_that_fails_leaves_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -260,6 +290,13 @@ def test_a_build_that_fails_leaves_the_reason(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(llama_build, "run", fail)
     assert llama_build.built(tmp_path, 1) == "download has no network"
+    folder = tmp_path / "llama.cpp" / llama_build.VERSION
+    (folder / "source").mkdir()
+    (folder / "python" / "sentencepiece").mkdir(parents=True)
+    with monkeypatch.context() as without:
+        without.setattr("shutil.which", lambda _: None)
+        found = llama_build.built(tmp_path, 1)
+        assert found == "there is no cmake on this machine; install has no network"
     (tmp_path / "file").touch()
     assert "cannot be used" in str(llama_build.built(tmp_path / "file", 1))
     assert CONVERSION
