@@ -150,7 +150,13 @@ def test_a_session_with_prompts_has_its_adapter_too(folder):
     assert error(got, expected) < 1e-5
 
 
-def test_gradients_through_packed_int8_are_those_of_its_weights_in_float32(folder):
+@pytest.mark.parametrize(
+    ("rounds", "most"), [(False, 1e-3), (True, 4e-3)], ids=["float32", "a CPU that multiplies bfloat16"]
+)
+def test_gradients_through_packed_int8_are_those_of_its_weights_in_float32(
+    folder, rounds, most, monkeypatch
+):
+    monkeypatch.setattr("node.model.weights.quantize.multiplies_bfloat16", lambda: rounds)
     packed, plain = load_span(folder, 0, 3, quantize="int8"), load_span(folder, 0, 3)
     layers = {name: each for name, each in packed.model.named_modules() if isinstance(each, PackedLinear)}
     for name, layer in layers.items():
@@ -164,12 +170,12 @@ def test_gradients_through_packed_int8_are_those_of_its_weights_in_float32(folde
     for span in (packed, plain):
         trained = AdaptedSpan(span, adapter, trains=True)
         found.append((backward(trained, hidden, grad, 0, 3), trained.gradients))
-    # x is rounded to 16 bits on the way forward.
-    assert error(found[0][0], found[1][0]) < 1e-3
+    # x is rounded to 16 bits on the way forward, and some CPUs round gradients: see PackedLinear.back.
+    assert error(found[0][0], found[1][0]) < most
     for block, pairs in found[0][1].items():
         for name, pair in pairs.items():
             for got, expected in zip(pair, found[1][1][block][name], strict=True):
-                assert error(got, expected) < 1e-3
+                assert error(got, expected) < most
 
 
 def test_a_backward_without_gradients_of_the_adapter_computes_none_of_them(folder):

@@ -266,15 +266,15 @@ def test_a_log_has_every_command_with_its_output_and_the_fault_is_that_of_the_la
         ("one\n\nkilled\n", "killed"),
         ("", "it said nothing"),
         (
-            "-- checked\nCMake Error at CMakeLists.txt:2 (project):\n  No CMAKE_C_COMPILER\n  could be found.\n\n",
-            "CMake Error at CMakeLists.txt:2 (project): No CMAKE_C_COMPILER could be found.",
+            "-- checked\nCMake Error at a.txt:2 (project):\n  No CMAKE_C_COMPILER\n  could be found.\n\n",
+            "CMake Error at a.txt:2 (project): No CMAKE_C_COMPILER could be found.",
         ),
         (
             "[1/2] Building C object error.c.o\nFAILED: a.o\na.c:3:1: error: no such thing\nninja: stopped\n",
             "a.c:3:1: error: no such thing",
         ),
         (
-            "WARNING: Retrying after connection broken by 'NewConnectionError'\nERROR: No matching distribution\n",
+            "WARNING: connection broken by 'NewConnectionError'\nERROR: No matching distribution\n",
             "pip cannot connect to its index; ERROR: No matching distribution",
         ),
     ],
