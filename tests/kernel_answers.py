@@ -27,7 +27,7 @@ KEY_HEADS, GROUP, HEAD = 2, 3, 64
 
 
 def answers() -> dict[str, Tensor]:
-    """float32 answers by their names: "int8 ...", "bfloat16 ...", "attention ..."; and the lanes."""
+    """float32 answers by their names, for instance "int8 70 x 199, 3 rows"; and the lanes."""
     torch.set_num_threads(1)
     found = {LANES: torch.tensor(kernels.LANES)}
     for dtype in (torch.int8, torch.bfloat16):
@@ -38,13 +38,17 @@ def answers() -> dict[str, Tensor]:
                 found[f"{kind} {outs} x {width}, {count} rows"] = rows(x[:count])
             if panel_kernels.takes(rows.weight):
                 found[f"{kind} {outs} x {width}, panels"] = over_panels(rows, x)
-    stores = PageStores([POSITIONS], KEY_HEADS, HEAD, torch.bfloat16)
     q = torch.randn(POSITIONS, KEY_HEADS * GROUP * HEAD, generator=torch.Generator().manual_seed(4))
-    return found | {"attention, decode": decoded(stores, q), "attention, prefill": prefilled(stores, q)}
+    for dtype in (torch.float32, torch.bfloat16):
+        stores = PageStores([POSITIONS], KEY_HEADS, HEAD, dtype)
+        kind = str(dtype).removeprefix("torch.")
+        found[f"attention {kind}, decode"] = decoded(stores, q)
+        found[f"attention {kind}, prefill"] = prefilled(stores, q)
+    return found
 
 
 def matrix(dtype: torch.dtype, outs: int, width: int) -> tuple[kernels.Rows, Tensor]:
-    """A matrix of random numbers with a bias, and rows for it; one of them is zeros, one has large numbers."""
+    """A matrix of random numbers with a bias, and rows for it; one is zeros, one has large numbers."""
     generator = torch.Generator().manual_seed(outs)
     bias, x = (torch.randn(size, generator=generator) for size in ((outs,), (max(ROWS), width)))
     x[2], x[3] = 0, x[3] * 1e4
@@ -69,7 +73,7 @@ def over_panels(rows: kernels.Rows, x: Tensor) -> Tensor:
 def decoded(stores: PageStores, q: Tensor) -> Tensor:
     """Attention of the last position alone."""
     out, seen = torch.empty(1, q.shape[1]), np.array([POSITIONS], np.int64)
-    decode.attend_for(torch.bfloat16, HEAD)(
+    decode.attend_for(stores.keys.dtype, HEAD)(
         q[-1:].data_ptr(), q.shape[1], 1, KEY_HEADS, GROUP, HEAD, stores.keys.data_ptr(),
         stores.values.data_ptr(), stores.table.ctypes.data, stores.table.shape[1], seen.ctypes.data, PAGE,
         SCALE_BITS, 0, out.data_ptr(),
@@ -80,7 +84,7 @@ def decoded(stores: PageStores, q: Tensor) -> Tensor:
 def prefilled(stores: PageStores, q: Tensor) -> Tensor:
     """Attention of all positions as one prompt."""
     out = torch.empty_like(q)
-    prefill.attend_for(together=False)(
+    prefill.attend_for(stores.keys.dtype, together=False)(
         q.data_ptr(), q.shape[1], 1, POSITIONS, KEY_HEADS, GROUP, HEAD, stores.keys.data_ptr(),
         stores.values.data_ptr(), stores.keys.element_size(), stores.table.ctypes.data, stores.table.shape[1],
         0, PAGE, SCALE_BITS, 0, out.data_ptr(),

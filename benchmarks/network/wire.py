@@ -250,6 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=["ours", "stock"], help=argparse.SUPPRESS)
     options = parser.parse_args(words)
+    if options.rounds < 2:
+        parser.error("--rounds is at least 2: of one alone there are no tenths")
     if options.serve:
         trio.run(serve, options.serve)
         return 0

@@ -153,9 +153,7 @@ def test_a_session_with_prompts_has_its_adapter_too(folder):
 @pytest.mark.parametrize(
     ("rounds", "most"), [(False, 1e-3), (True, 4e-3)], ids=["float32", "a CPU that multiplies bfloat16"]
 )
-def test_gradients_through_packed_int8_are_those_of_its_weights_in_float32(
-    folder, rounds, most, monkeypatch
-):
+def test_gradients_through_packed_int8_are_those_of_its_weights_in_float32(folder, rounds, most, monkeypatch):
     monkeypatch.setattr("node.model.weights.quantize.multiplies_bfloat16", lambda: rounds)
     packed, plain = load_span(folder, 0, 3, quantize="int8"), load_span(folder, 0, 3)
     layers = {name: each for name, each in packed.model.named_modules() if isinstance(each, PackedLinear)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from tests.processes import ROOT, python
 AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c"}
 SECONDS = 180.0  # compiles once for each state of the sources, on a busy machine
 NEAR = 2e-6  # of the largest number: sums of another number of lanes, in float32
+ROUNDED = 1e-2  # where a CPU multiplies bfloat16, queries of prompts and weights of the softmax are rounded
 
 Forms = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -52,8 +52,12 @@ def test_sums_of_integers_have_the_same_bits_on_every_cpu(forms: Forms):
 def test_sums_of_floats_differ_by_their_order_alone(forms: Forms):
     own, other = forms
     assert own.keys() == other.keys()
-    far = {name: (own[name] - other[name]).abs().max() / own[name].abs().max() for name in own}
-    assert {name: error for name, error in far.items() if not error < NEAR} == {}
+    errors = {name: (own[name] - other[name]).abs().max() / own[name].abs().max() for name in own}
+    assert {name: error for name, error in errors.items() if not error < bound(name)} == {}
+
+
+def bound(name: str) -> float:
+    return ROUNDED if name == "attention bfloat16, prefill" else NEAR
 
 
 def test_in_each_form_a_row_has_the_same_bits_alone_in_a_batch_and_over_panels(forms: Forms):
@@ -63,5 +67,6 @@ def test_in_each_form_a_row_has_the_same_bits_alone_in_a_batch_and_over_panels(f
         for name, each in found.items():
             if (rows := whole.get(name.partition(",")[0])) is not None:
                 assert torch.equal(each, rows[: len(each)]), name
-        last = found["attention, prefill"][-1:]
-        torch.testing.assert_close(found["attention, decode"], last, rtol=0, atol=1e-5)
+        for kind in ("float32", "bfloat16"):
+            last, alone = found[f"attention {kind}, prefill"][-1:], found[f"attention {kind}, decode"]
+            assert (last - alone).abs().max() < bound(f"attention {kind}, prefill") * alone.abs().max()
