@@ -38,3 +38,9 @@ class PageStores:
         return functional.scaled_dot_product_attention(
             queries, keys, values, scale=SCALE, enable_gqa=True
         ).flatten()
+
+
+def in_brain(q: Tensor) -> Tensor:
+    """Queries as kernels round them to bfloat16, which is after they are scaled: float64."""
+    factor = float(np.float32(SCALE) * np.float32(1.4426950408889634))
+    return (q * factor).bfloat16().double() / factor

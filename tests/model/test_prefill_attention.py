@@ -11,9 +11,7 @@ pytest.importorskip("numba")
 
 from node.model.attention import prefill, tiles  # they import numba
 from node.model.weights import kernels
-from tests.page_stores import PAGE, SCALE, SCALE_BITS, PageStores
-
-IN_PAIRS = float(np.float32(SCALE) * np.float32(1.4426950408889634))  # of queries that become bfloat16
+from tests.page_stores import PAGE, SCALE_BITS, PageStores, in_brain
 
 
 class Stores(PageStores):
@@ -53,7 +51,7 @@ def test_every_position_sees_those_before_it(
     q = torch.randn(1, tokens, key_heads * group * head_dim)
     answer, tolerance = stores.attended(q, position, window)[0], 1e-5
     if dtype == torch.bfloat16 and tiles.PAIRS:
-        q = (q * IN_PAIRS).bfloat16().double() / IN_PAIRS
+        q = in_brain(q)
         # Each weight is rounded by half of a bfloat16's last place at the most.
         tolerance += 2**-8 * float(stores.values[stores.slots(0, position + tokens)].abs().max())
     for number in {0, tokens // 2, tokens - 1}:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numba import carray, njit, types
 
-from node.model.attention.tiles import CACHE_LINE, REGISTERS, largest, powers, scores, weighted
+from node.model.attention.stores import shortened, words_at
+from node.model.attention.tiles import CACHE_LINE, PAIRS, REGISTERS, largest, powers_of, scores, weighted
 from node.model.weights.compiling import Kernel, callback, compiled
 from node.model.weights.kernels import LANES, call_at, floats_at
 from node.model.weights.low_rank_kernel import word
@@ -29,10 +30,11 @@ FAST = {"reassoc", "nsz", "contract", "arcp"}
 PIECE = 256  # positions: keys of SmolLM2's 3 heads and their scores lie in a first-level cache's neighbour
 RUN = 16  # positions of one session that are read together
 ROW = PIECE + 32  # floats of a row of weights, with room for a last vector
+LEAST_PAIRS = 8  # in the lanes of a vector
 TILE_KEYS = 8  # at the most: a page has a multiple of it
 # The sums of a tile: keys for two to four queries, vectors of values for four.
 _KEYS_2, _KEYS_3, _KEYS_4, _VECTORS_4 = (8, 8, 4, 4) if REGISTERS == 32 else (4, 4, 2, 2)
-_f = np.float32
+_f, _i = np.float32, np.int32
 _LOG2_E = np.float32(1.4426950408889634)
 _ITEMS = {torch.bfloat16: np.int16(0), torch.float32: np.int32(0)}
 _ARGUMENTS = 15
@@ -123,7 +125,7 @@ def _softmax(kind: Any, heads: int, size: int, weights: int, low: int, high: int
             for i in range(size):
                 values[i] *= factor
             most[head] = before = found
-        total[head] += powers(kind, row, count, before)
+        total[head] += powers_of(kind, weights + head * ROW * 4, low, low + count, before)
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -135,15 +137,16 @@ def _part(seen: int, window: int, begin: int, end: int) -> Any:
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _piece(
-    kind: Any, item: int, sizes: tuple[int, int, int], row: tuple[int, int, int, int], begin: int, end: int,
-    page: int, stores: tuple[int, int, int], scratch: tuple[int, int, int, int],
+    kind: Any, item: int, sizes: tuple[int, int, int, int], row: tuple[int, int, int, int], begin: int,
+    end: int, page: int, stores: tuple[int, int, int], scratch: tuple[int, int, int, int],
 ) -> None:  # fmt: skip
     """The positions [begin, end) of one piece for some positions of a row.
 
+    sizes: key heads, queries of each, numbers of a head, bytes of a weight.
     row: their number, the positions that the first one sees, the window, the row's pages.
     stores: keys, values, and what follows them in the next piece.  scratch: see `_run`.
     """
-    key_heads, group, size = sizes
+    key_heads, group, size, weight_bytes = sizes
     count, seen, window, table = row
     keys, values, after = stores
     queries, sums, weights, each = scratch
@@ -177,7 +180,7 @@ def _piece(
             for i in range(count):
                 low, high = _part(seen + i, window, max(begin, number * page), min(end, (number + 1) * page))
                 if low < high:
-                    weight, out = weights + i * each + (low - base) * 4, sums + i * each
+                    weight, out = weights + i * each + (low - base) * weight_bytes, sums + i * each
                     _weighted(
                         kind, item, group, size, high - low, slot, weight + head * group * ROW * 4,
                         value + (low - number * page) * slot + head * head_bytes,
@@ -187,15 +190,15 @@ def _piece(
 
 @njit(nogil=True, fastmath=FAST)  # type: ignore[untyped-decorator]
 def _run(
-    kind: Any, item: int, sizes: tuple[int, int, int], row: tuple[int, int, int, int], q: int, q_stride: int,
-    scale: Any, page: int, stores: tuple[int, int], out: int, scratch: int,
+    kind: Any, item: int, sizes: tuple[int, int, int, int], row: tuple[int, int, int, int], q: int,
+    q_stride: int, scale: Any, page: int, stores: tuple[int, int], out: int, scratch: int,
 ) -> None:  # fmt: skip
     """Attention of some positions of one row, each one further than the one before; see `_piece`.
 
     scratch: for each of them queries and sums of values [heads, head_dim], the largest scores and the totals
-    [heads], and weights [heads, ROW], float32.
+    [heads], and weights [heads, ROW], float32.  Queries and weights in pairs take the first half of a row.
     """
-    key_heads, group, size = sizes
+    key_heads, group, size, weight_bytes = sizes
     count, seen, window, table = row
     keys, values = stores
     heads = key_heads * group
@@ -203,8 +206,17 @@ def _run(
     for i in range(count):
         given = carray(floats_at(q + i * q_stride * 4), heads * size)
         own = carray(floats_at(scratch + i * each), heads * (2 * size + 2))
+        if weight_bytes == 2:
+            pairs = carray(words_at(scratch + i * each), heads * size)
+            for head in range(heads):
+                for d in range(size // 2):
+                    at = head * size + 2 * d
+                    low, high = shortened(given[at] * scale), shortened(given[at + 1] * scale)
+                    pairs[head * size + d] = (low & _i(0xFFFF)) | high << _i(16)
+        else:
+            for d in range(heads * size):
+                own[d] = given[d] * scale
         for d in range(heads * size):
-            own[d] = given[d] * scale
             own[heads * size + d] = _f(0)
         for head in range(heads):
             own[heads * 2 * size + head] = -np.inf
@@ -233,6 +245,11 @@ def lanes_of(head_dim: int) -> int:
     return lanes
 
 
+def takes_pairs(head_dim: int) -> bool:
+    """Whether bfloat16 heads of this size are multiplied as they are, by queries and weights in bfloat16."""
+    return PAIRS and head_dim % (2 * LEAST_PAIRS) == 0
+
+
 def attention(dtype: torch.dtype, head_dim: int) -> Any:
     """Attention of new positions over stores of this dtype, for compiled code, which calls it by address.
 
@@ -243,19 +260,22 @@ def attention(dtype: torch.dtype, head_dim: int) -> Any:
     included.  page: positions in a page.  scale: the bits of a float32.  window: the number of positions that
     attention reads, 0 for all.  out: float32 [rows, key_heads * group * head_dim].
     """
-    return _attention(dtype, lanes_of(head_dim))
+    if dtype == torch.bfloat16 and takes_pairs(head_dim):
+        return _attention(dtype, lanes_of(head_dim // 2), in_pairs=True)
+    return _attention(dtype, lanes_of(head_dim), in_pairs=False)
 
 
 @cache
-def _attention(dtype: torch.dtype, lanes: int) -> Any:
-    kind = (_ITEMS[dtype],) * lanes  # a part of the cache's key
-    item = dtype.itemsize
+def _attention(dtype: torch.dtype, lanes: int, *, in_pairs: bool) -> Any:
+    kind = (np.uint16(0) if in_pairs else _ITEMS[dtype],) * lanes  # a part of the cache's key
+    item, weight_bytes = dtype.itemsize, 2 if in_pairs else 4
 
     def attend(
         q: int, q_stride: int, rows: int, key_heads: int, group: int, size: int, keys: int, values: int,
         table: int, table_stride: int, seen: int, page: int, scale: int, window: int, out: int,
     ) -> int:  # fmt: skip
-        sizes, line, heads = (key_heads, group, size), table_stride * 8, key_heads * group
+        sizes, line = (key_heads, group, size, weight_bytes), table_stride * 8
+        heads = key_heads * group
         factor = np.int32(scale).view(np.float32) * _LOG2_E
         scratch = np.empty(min(rows, RUN) * heads * (2 * size + 2 + ROW) + CACHE_LINE // 4, np.float32)
         aligned = scratch.ctypes.data + -scratch.ctypes.data % CACHE_LINE

@@ -32,8 +32,7 @@ from node.model.attention.tiles import (
     fetch,
     largest,
     outer,
-    powers,
-    short_powers,
+    powers_of,
 )
 from node.model.weights.compiling import Kernel, callback, compiled
 from node.model.weights.kernels import LANES, call_at, floats_at
@@ -58,7 +57,7 @@ def _taken(
 ) -> None:  # fmt: skip
     """One head's numbers of the positions [begin, end): out [positions, size], turned [size, KEYS].
 
-    store: the address of the head in slot 0.  width: numbers of a slot.  A kind of two bytes: pairs in 32
+    store: the address of the head in slot 0.  width: numbers of a slot.  A kind of pairs: two in 32
     bits, of neighbours in a head, turned [size / 2, KEYS], or of two positions [positions / 2, size], where
     0 follows an odd last one.
     """
@@ -69,7 +68,7 @@ def _taken_by_kind(
     kind: Any, item: int, width: int, store: int, size: int, page: int, table: int, begin: int, end: int,
     turned: bool, out: Any,
 ) -> Any:  # fmt: skip
-    return _taken_in_pairs if kind.dtype.bitwidth == 16 else _taken_wide
+    return _taken_in_pairs if not kind.dtype.signed else _taken_wide
 
 
 def _taken_wide(
@@ -115,21 +114,6 @@ def _taken_in_pairs(
                 words[line + d] = words[line + d] | number << _i(16) if upper else number & _i(0xFFFF)
 
 
-def _powers(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
-    """Scores [first, last) become weights, of a kind of two bytes as bfloat16 from the same address on."""
-
-
-@overload(_powers)  # type: ignore[untyped-decorator]
-def _powers_by_kind(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
-    def wide(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
-        return powers(kind, scores + first * 4, last - first, most)
-
-    def short(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
-        return short_powers(kind, scores + first * 4, scores + first * 2, last - first, most)
-
-    return short if kind.dtype.bitwidth == 16 else wide
-
-
 @njit(nogil=True)  # type: ignore[untyped-decorator]
 def _weights_of(kind: Any, scores: int, low: int, high: int, sums: int, size: int, state: Any) -> None:
     """Scores [low, high) of one query become weights; its sums shrink where a larger score came.
@@ -151,7 +135,7 @@ def _weights_of(kind: Any, scores: int, low: int, high: int, sums: int, size: in
         for i in range(size):
             values[i] *= factor
         state[0] = before = found
-    state[1] += _powers(kind, scores, first, last, before)
+    state[1] += powers_of(kind, scores, first, last, before)
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -299,7 +283,7 @@ def attention(lanes: int, item_bytes: int) -> Any:
 
     lanes: head_dim is a multiple of them.  item_bytes: 2 for stores of bfloat16 that is multiplied as it is.
     """
-    kind = (np.int16(0) if item_bytes == 2 else np.int32(0),) * lanes  # a part of the cache's key
+    kind = (np.uint16(0) if item_bytes == 2 else np.int32(0),) * lanes  # a part of the cache's key
     pair = 4 // item_bytes
 
     def attend(

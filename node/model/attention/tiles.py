@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from node.model.weights.kernels import LANES
 
@@ -27,6 +27,7 @@ _FEATURES = (numba.config.CPU_FEATURES or get_host_cpu_features()).split(",")
 # Whether the CPU multiplies pairs of bfloat16 and adds both products to a float32: vdpbf16ps.
 PAIRS = LANES == 16 and "+avx512bf16" in _FEATURES
 FLOAT_BYTES, BRAIN_BYTES = 4, 2  # of a float32 and of a bfloat16
+IN_PAIRS = -2  # in place of an item's bytes: two bfloat16 numbers in a lane
 CACHE_LINE = 64
 
 # 2^r for r in [-0.5, 0.5], to 2e-8: the powers of r from the sixth down.
@@ -94,6 +95,26 @@ class _Writer:
         sixteen = ir.Constant(wide, [16] * self.width)
         return self.build.bitcast(self.build.shl(self.build.zext(upper, wide), sixteen), self.vector)
 
+    def zipped(self, one: Any, two: Any, vectors: int) -> list[Any]:
+        """Bfloat16 numbers at an address, in the lower half of a lane each, and those of `two` or 0 above."""
+        halves, found, width = ir.VectorType(_I16, 2 * self.width), [], self.width
+        for first in range(0, vectors - vectors % 2, 2):
+            a = self.load(self.at(one, first * width * BRAIN_BYTES), halves)
+            b = ir.Constant(halves, [0] * 2 * width)
+            if two is not None:
+                b = self.load(self.at(two, first * width * BRAIN_BYTES), halves)
+            for begin in (0, width):
+                places = [lane for i in range(begin, begin + width) for lane in (i, i + 2 * width)]
+                found.append(self.build.bitcast(self.build.shuffle_vector(a, b, lanes(places)), self.words))
+        if vectors % 2:
+            at = (vectors - 1) * width * BRAIN_BYTES
+            shorts = ir.VectorType(_I16, width)
+            found.append(self.build.zext(self.load(self.at(one, at), shorts), self.words))
+            if two is not None:
+                upper = self.widened(self.at(two, at), BRAIN_BYTES)
+                found[-1] = self.build.or_(found[-1], self.build.bitcast(upper, self.words))
+        return found
+
     def prefetch_all(self, address: Any, size: int) -> None:
         """Ask for the lines of `size` bytes there, to read them soon."""
         for offset in range(0, size, CACHE_LINE):
@@ -102,7 +123,8 @@ class _Writer:
     def ask(self, address: Any) -> list[Any]:
         """Ask for the line there, to read it soon; nothing."""
         pointer = self.build.inttoptr(address, _I8.as_pointer())
-        self.build.call(self._prefetch, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, keep it, data
+        # To read, for the second level, data.  The first level keeps few requests under way: 10 GB/s and 15.
+        self.build.call(self._prefetch, [pointer, _I32(0), _I32(2), _I32(1)])
         return []
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -192,13 +214,15 @@ def lanes(numbers: Sequence[int]) -> ir.Constant:
 def _typed(kind: Any, constants: Sequence[Any], count: int, write: Callable[..., None]) -> Any:
     """The answer of an intrinsic of a kind, constants and `count` int64: write(builder, constants, given).
 
-    kind: a tuple of an integer of a number's size for each lane, of which only the type is used.
+    kind: a tuple of an integer of a number's size for each lane, of which only the type is used; of uint16
+    for lanes of two bfloat16 numbers each (PAIRS).
     """
     if not isinstance(kind, types.UniTuple) or not all(
         isinstance(e, types.IntegerLiteral) for e in constants
     ):
         return None
-    numbers = [kind.count, kind.dtype.bitwidth // 8, *(each.literal_value for each in constants)]
+    item_bytes = kind.dtype.bitwidth // 8 if kind.dtype.signed else IN_PAIRS
+    numbers = [kind.count, item_bytes, *(each.literal_value for each in constants)]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
         write(builder, numbers, arguments[1 + len(constants) :])
@@ -210,18 +234,22 @@ def _typed(kind: Any, constants: Sequence[Any], count: int, write: Callable[...,
 def _write_scores(builder: Any, constants: Sequence[int], arguments: Sequence[Any]) -> None:
     width, item_bytes, rows, keys = constants
     q, q_stride, key, key_stride, ahead, out, out_stride, size = arguments
-    to = _Writer(builder, width)
+    to, pairs = _Writer(builder, width), item_bytes == IN_PAIRS
+    product = to.of_pairs if pairs else to.fma
+    if pairs:
+        item_bytes, size = FLOAT_BYTES, builder.lshr(size, _I64(1))
     key_rows = [to.at(key, builder.mul(_I64(i), key_stride)) for i in range(keys)]
     q_rows = [to.at(q, builder.mul(_I64(i), q_stride)) for i in range(rows)]
 
     def body(sums: list[Any], index: Any) -> list[Any]:
         offset, q_offset = builder.mul(index, _I64(item_bytes)), builder.mul(index, _I64(FLOAT_BYTES))
         to.prefetch_all(to.at(ahead, builder.mul(index, _I64(item_bytes * keys))), width * item_bytes * keys)
-        queries = [to.load(to.at(row, q_offset)) for row in q_rows]
+        queries = [to.load(to.at(row, q_offset), to.words if pairs else to.vector) for row in q_rows]
         for i in range(keys):
-            vector = to.widened(to.at(key_rows[i], offset), item_bytes)
+            address = to.at(key_rows[i], offset)
+            vector = to.load(address, to.words) if pairs else to.widened(address, item_bytes)
             for row, query in enumerate(queries):
-                sums[row * keys + i] = to.fma(query, vector, sums[row * keys + i])
+                sums[row * keys + i] = product(query, vector, sums[row * keys + i])
         return sums
 
     zeros = [to.zero] * (rows * keys)
@@ -256,7 +284,7 @@ def scores(
 ) -> Any:  # fmt: skip
     """The products of `rows` queries with `keys` keys, each the sum over a head of `size` numbers.
 
-    rows, keys: constants.  q: float32 queries.  key: keys of the kind's numbers.
+    rows, keys: constants.  q: float32 queries, or bfloat16 in pairs.  key: keys of the kind's numbers.
     ahead: an address whose lines are fetched meanwhile, laid out as the keys.  Strides: bytes.
     out: float32 [rows, keys].
     """
@@ -266,29 +294,52 @@ def scores(
 def _write_weighted(builder: Any, constants: Sequence[int], arguments: Sequence[Any]) -> None:
     width, item_bytes, rows, vectors = constants
     weight, weight_stride, value, value_stride, ahead, out, out_stride, count = arguments
-    to = _Writer(builder, width)
+    to, pairs = _Writer(builder, width), item_bytes == IN_PAIRS
+    item_bytes = BRAIN_BYTES if pairs else item_bytes
     places = [
         to.at(to.at(out, builder.mul(_I64(row), out_stride)), i * width * FLOAT_BYTES)
         for row in range(rows)
         for i in range(vectors)
     ]
+    weights = [to.at(weight, builder.mul(_I64(row), weight_stride)) for row in range(rows)]
+    read = vectors * width * item_bytes  # of a position
 
-    def body(sums: list[Any], index: Any) -> list[Any]:
-        own, read = to.at(value, builder.mul(index, value_stride)), vectors * width * item_bytes
-        to.prefetch_all(to.at(ahead, builder.mul(index, _I64(read))), read)
-        first = builder.mul(index, _I64(FLOAT_BYTES))
-        factors = [
-            to.spread(to.at(to.at(weight, builder.mul(_I64(row), weight_stride)), first))
-            for row in range(rows)
-        ]
-        for i in range(vectors):
-            part = to.widened(to.at(own, i * width * item_bytes), item_bytes)
+    def added(sums: list[Any], parts: list[Any], factors: list[Any]) -> list[Any]:
+        product = to.of_pairs if pairs else to.fma
+        for i, part in enumerate(parts):
             for row, factor in enumerate(factors):
-                sums[row * vectors + i] = to.fma(factor, part, sums[row * vectors + i])
+                sums[row * vectors + i] = product(factor, part, sums[row * vectors + i])
         return sums
 
-    begin = [to.load(place) for place in places]
-    for place, total in zip(places, to.loop(begin, _I64(0), count, _I64(1), body), strict=True):
+    def single(sums: list[Any], index: Any) -> list[Any]:
+        own = to.at(value, builder.mul(index, value_stride))
+        to.prefetch_all(to.at(ahead, builder.mul(index, _I64(read))), read)
+        factors = [to.spread(to.at(each, builder.mul(index, _I64(FLOAT_BYTES)))) for each in weights]
+        parts = [to.widened(to.at(own, i * width * item_bytes), item_bytes) for i in range(vectors)]
+        return added(sums, parts, factors)
+
+    def pair(sums: list[Any], index: Any) -> list[Any]:
+        own = to.at(value, builder.mul(index, value_stride))
+        to.prefetch_all(to.at(ahead, builder.mul(index, _I64(read))), 2 * read)
+        factors = [to.spread(to.at(each, builder.mul(index, _I64(BRAIN_BYTES))), _I32) for each in weights]
+        return added(sums, to.zipped(own, to.at(own, value_stride), vectors), factors)
+
+    def last(sums: list[Any], index: Any) -> list[Any]:
+        own = to.at(value, builder.mul(index, value_stride))
+        factors = []
+        for each in weights:
+            short = to.load(to.at(each, builder.mul(index, _I64(BRAIN_BYTES))), _I16)
+            factors.append(to.all(builder.zext(short, _I32)))
+        return added(sums, to.zipped(own, None, vectors), factors)
+
+    sums = [to.load(place) for place in places]
+    if pairs:
+        even = builder.and_(count, _I64(-2))
+        sums = to.loop(sums, _I64(0), even, _I64(2), pair)
+        sums = to.loop(sums, even, count, _I64(1), last)
+    else:
+        sums = to.loop(sums, _I64(0), count, _I64(1), single)
+    for place, total in zip(places, sums, strict=True):
         to.store(total, place)
 
 
@@ -300,7 +351,7 @@ def weighted(
     """out += the sum of `count` values, each times its weight, for `rows` queries.
 
     rows, vectors: constants; a row of out is `vectors` vectors.
-    weight: float32 [rows, count].  value, ahead, strides: see `scores`.
+    weight: float32 [rows, count], or bfloat16 in pairs.  value, ahead, strides: see `scores`.
     """
     return _typed(kind, (rows, vectors), 8, _write_weighted)
 
@@ -309,7 +360,7 @@ def _write_outer(builder: Any, constants: Sequence[int], arguments: Sequence[Any
     width, item_bytes, rows, vectors = constants
     a, a_row, a_step, b, b_step, out, out_row, count, kept = arguments
     to = _Writer(builder, width)
-    pairs = item_bytes == BRAIN_BYTES
+    pairs = item_bytes == IN_PAIRS
     number, vector, product = (_I32, to.words, to.of_pairs) if pairs else (_F32, to.vector, to.fma)
     places = [
         to.at(to.at(out, builder.mul(_I64(row), out_row)), i * width * 4)
@@ -362,7 +413,7 @@ def outer(
     """out [rows, vectors * width] = the sum over i in [0, count) of a[:, i] times b[i], float32.
 
     rows, vectors: constants.  a: at a + row * a_row + i * a_step.  b: rows at b + i * b_step.
-    A kind of two bytes: a and b have pairs of bfloat16, and i counts pairs; see PAIRS.
+    A kind of pairs: a and b have two bfloat16 numbers for each i.
     Steps: bytes.  kept: 0, or not 0 to go on with what is in out.
     """
     return _typed(kind, (rows, vectors), 9, _write_outer)
@@ -446,3 +497,18 @@ def short_powers(context: Any, kind: Any, x: Any, out: Any, count: Any, most: An
         return _write_powers(builder, kind.count, *arguments[1:])
 
     return types.float32(kind, types.int64, types.int64, types.int64, types.float32), generate
+
+
+def powers_of(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
+    """Scores [first, last) become weights, of a kind of pairs as bfloat16 from the same address on."""
+
+
+@overload(powers_of)  # type: ignore[untyped-decorator]
+def _powers_of_by_kind(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
+    def wide(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
+        return powers(kind, scores + first * 4, last - first, most)
+
+    def short(kind: Any, scores: int, first: int, last: int, most: Any) -> Any:
+        return short_powers(kind, scores + first * 4, scores + first * 2, last - first, most)
+
+    return short if not kind.dtype.signed else wide
