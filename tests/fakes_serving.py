@@ -288,6 +288,10 @@ class FakeEmbedAndHead:
         """The place of the largest logit after [1, 1, hidden]."""
         return int(self.head(hidden, best_only=True)[0, -1].argmax())
 
+    def bests_of(self, hidden: Tensor) -> list[int]:
+        """The same of each row [rows, 1, hidden]."""
+        return [int(row.argmax()) for row in self.head(hidden, best_only=True)[:, -1]]
+
     def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
         """A letter for each token."""
         return "".join(chr(ord("a") + token) for token in tokens)

@@ -202,6 +202,13 @@ class TimedEnds:
         self.seconds += time.perf_counter() - began
         return place
 
+    def bests_of(self, hidden: Tensor) -> list[int]:
+        """See Ends."""
+        began = time.perf_counter()
+        places = self._ends.bests_of(hidden)
+        self.seconds += time.perf_counter() - began
+        return places
+
     def head(self, hidden: Tensor, *, best_only: bool = False) -> Tensor:
         """See Ends."""
         began = time.perf_counter()

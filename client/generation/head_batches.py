@@ -3,7 +3,8 @@
 A head reads its whole matrix, whether for one hidden state or for eight: 113 MB and 7 ms for one and
 10 ms for eight with SmolLM2-135M in float32 on one core (1.4 and 3.9 ms where only the likeliest token is
 wanted, see node/model/weights/argmax_head.py).  The batch is assembled as late as possible, when the torch
-thread takes it; no generation waits for others.
+thread takes it; no generation waits for others.  Of the generations that wait one has the batch computed, and
+wakes those that it answered: a batch costs one way into the thread and back, and not each row of it.
 
 One generation alone, whose likeliest token is found within INLINE_SECONDS, has it computed in the event
 loop's own thread: the way into the torch thread and back takes 0.1 to 0.4 ms of a token.
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import outcome
 import torch
+import trio
 from torch import Tensor
 
 from node.runtime.compute_thread import Runner
@@ -49,6 +51,9 @@ class Head(Protocol):
     def best_of(self, hidden: Tensor) -> int:
         """The place of the first largest logit after one hidden state float32 [1, 1, hidden]."""
 
+    def bests_of(self, hidden: Tensor) -> list[int]:
+        """The same of each row [rows, 1, hidden]; where `finds_best`."""
+
 
 class HeadBatches:
     """Norm and head of a model, for all generations of a process.
@@ -73,6 +78,8 @@ class HeadBatches:
         self._max_rows = max_rows
         self._clock = clock
         self._waiting: deque[_Request[object]] = deque()  # filled here, emptied in the torch thread
+        self._asked: list[_Request[object]] = []  # those without an answer, the oldest first
+        self._is_computing = False  # one of them has a batch computed
         self._seconds: deque[float] = deque(maxlen=TIMED)  # of the last heads of one row, for the best alone
         self._generations = 0
 
@@ -101,23 +108,44 @@ class HeadBatches:
         request: _Request[T] = _Request(read, pick, best)
         # No await in between: the first waiting caller is the first in the thread's queue.
         self._waiting.append(request)  # type: ignore[arg-type]  # the type of its answer stays its own
+        self._asked.append(request)  # type: ignore[arg-type]
         try:
-            return await self._compute.run(self._answer, request)
-        except BaseException:
-            request.drop()
-            raise
+            while request.answer is None:
+                if self._is_computing:
+                    request.news = trio.Event()
+                    await request.news.wait()
+                else:
+                    await self._have_computed()
+        finally:
+            if request.answer is None:
+                request.drop()
+                self._settle()
+        return request.answer.unwrap()
+
+    async def _have_computed(self) -> None:
+        """Have one batch computed, of those who wait by then, and wake them."""
+        self._is_computing = True
+        try:
+            await self._compute.run(self._compute_batch)
+        finally:
+            self._is_computing = False
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wake those that have their answers, and the oldest of the others where nobody computes for them."""
+        asked, self._asked = self._asked, []
+        for request in asked:
+            if request.answer is not None:
+                request.news.set()
+            elif request.is_wanted:
+                self._asked.append(request)
+        if self._asked and not self._is_computing:
+            self._asked[0].news.set()
 
     def _is_quick(self) -> bool:
         """Whether one likeliest token may be computed in the event loop's thread now."""
         alone = self._generations < 2 and not self._waiting and self._local_model.finds_best
         return alone and bool(self._seconds) and min(self._seconds) <= INLINE_SECONDS
-
-    def _answer(self, request: _Request[T]) -> T:
-        """Runs in the torch thread: the answer, which an earlier request's batch may have brought."""
-        if request.answer is None:
-            self._compute_batch()
-        assert request.answer is not None
-        return request.answer.unwrap()
 
     def _best_of(self, hidden: Tensor) -> int:
         began = self._clock()
@@ -140,31 +168,36 @@ class HeadBatches:
                 batch.append(request)
                 rows.append(hidden.unwrap()[:, -1:])
         if not batch:
-            return
+            return None
         # The head knows no positions, so rows of several sessions make one batch: [rows, 1, hidden].
         best_only = all(request.best is not None for request in batch)
         if best_only and len(batch) == 1:
-            batch[0].settle_best(outcome.capture(self._best_of, rows[0]))
-            return
+            return batch[0].settle_best(outcome.capture(self._best_of, rows[0]))
+        if best_only and self._local_model.finds_best:
+            found = outcome.capture(self._local_model.bests_of, torch.cat(rows))
+            if isinstance(found, outcome.Error):  # as below
+                return _fail(batch, found.error)
+            for request, place in zip(batch, found.unwrap(), strict=True):
+                request.settle_best(outcome.Value(place))
+            return None
         logits = outcome.capture(partial(self._local_model.head, torch.cat(rows), best_only=best_only))
         if isinstance(logits, outcome.Error):  # our own bug; it fails the whole batch
-            for request in batch:
-                request.settle(outcome.Error(logits.error))
-            return
+            return _fail(batch, logits.error)
         for request, row in zip(batch, logits.unwrap()[:, -1], strict=True):
             if request.best is None:
                 request.settle(outcome.capture(request.pick, row))
             else:
                 request.settle_best(outcome.Value(int(row.numpy().argmax())))
+        return None
 
 
 class _Request(Generic[T]):
     """One caller's hidden state and its answer, which is set in the torch thread.
 
-    is_wanted: until its caller is cancelled.
+    is_wanted: until its caller is cancelled.  news: set for its caller to look again, in the event loop.
     """
 
-    __slots__ = ("answer", "best", "is_wanted", "pick", "read")
+    __slots__ = ("answer", "best", "is_wanted", "news", "pick", "read")
 
     def __init__(
         self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], best: Callable[[int], T] | None
@@ -174,6 +207,7 @@ class _Request(Generic[T]):
         self.best = best
         self.answer: outcome.Outcome[T] | None = None
         self.is_wanted = True
+        self.news = trio.Event()
 
     def settle(self, answer: outcome.Outcome[T]) -> None:
         """The answer, or the error in its place."""
@@ -190,3 +224,8 @@ class _Request(Generic[T]):
     def drop(self) -> None:
         """Nobody waits for the answer any more."""
         self.is_wanted = False
+
+
+def _fail(batch: Sequence[_Request[object]], error: BaseException) -> None:
+    for request in batch:
+        request.settle(outcome.Error(error))

@@ -172,9 +172,16 @@ class EmbedAndHead:
             return int(self.head(hidden, best_only=True).numpy().argmax())
         return self._exact_argmax.best(self._norm(hidden.numpy()[0])[0], self._threads)
 
+    def bests_of(self, hidden: Tensor) -> list[int]:
+        """`best_of` of each row of hidden states float32 [rows, 1, hidden_size]."""
+        if self._exact_argmax is None or self._norm is None:  # not `finds_best`
+            return [int(row.argmax()) for row in self.head(hidden, best_only=True).numpy()[:, -1]]
+        normed = self._norm(np.ascontiguousarray(hidden.numpy()[:, 0]))
+        return self._exact_argmax.bests(normed, self._threads)
+
     @property
     def finds_best(self) -> bool:
-        """Whether `best_of` is compiled code alone, which any thread may call at any time."""
+        """Whether `best_of` and `bests_of` are compiled code alone, which any thread may call at any time."""
         return self._exact_argmax is not None and self._norm is not None
 
     @cached_property

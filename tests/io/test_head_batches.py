@@ -379,3 +379,37 @@ async def test_an_error_in_the_event_loop_is_that_caller_s_own():
         with pytest.raises(BadResult):
             await heads.pick(spoilt, best, int)
         assert await heads.pick(partial(some_hidden, 1, seed=3), best, int) == own_answer(3)
+
+
+async def test_a_batch_goes_into_the_torch_thread_once_whoever_is_cancelled():
+    ends, found, ways = CountingEnds(), {}, []
+    scopes = [trio.CancelScope() for _ in range(2 * MAX_ROWS)]
+
+    async with open_compute_thread() as compute, trio.open_nursery() as nursery:
+
+        class Counted:
+            is_idle = False
+
+            async def run(self, function, *args):
+                ways.append(function)
+                return await compute.run(function, *args)
+
+        heads, busy = HeadBatches(ends, Counted()), Busy(compute)
+
+        async def one(index):
+            with scopes[index]:
+                found[index] = await heads.pick(partial(some_hidden, 1, seed=index), best, int)
+
+        await nursery.start(busy.run)
+        for index in range(2 * MAX_ROWS):
+            nursery.start_soon(one, index)
+            await trio.testing.wait_all_tasks_blocked()
+        assert len(ways) == 1
+        scopes[0].cancel()  # the one that has the batch computed: another takes its place
+        scopes[3].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(ways) == 2
+        busy.let_go()
+    assert found == {index: own_answer(index) for index in range(2 * MAX_ROWS) if index not in (0, 3)}
+    assert ends.heads == [MAX_ROWS, MAX_ROWS - 2]
+    assert len(ways) == 3

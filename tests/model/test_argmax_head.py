@@ -31,6 +31,7 @@ def assert_best(screen: ExactArgmax, weight: Tensor, x: Tensor) -> Tensor:
     found, expected = screen(x, 1), whole(weight, x)
     assert torch.equal(found.argmax(1), expected.argmax(1))
     assert [screen.best(row, 1) for row in x.numpy()] == expected.argmax(1).tolist()
+    assert screen.bests(x.numpy(), 1) == expected.argmax(1).tolist()
     there = torch.isfinite(found)
     assert torch.equal(found[there], expected[there])
     return there.sum(1)
@@ -81,6 +82,7 @@ def test_a_hidden_state_that_holds_no_number_is_told_as_it_is(bad):
     assert torch.equal(found[1].isnan(), expected[1].isnan())
     assert torch.equal(found[[0, 2]].argmax(1), expected[[0, 2]].argmax(1))
     assert ExactArgmax(weight).best(x[1].numpy(), 1) == int(expected[1].argmax())
+    assert ExactArgmax(weight).bests(x.numpy(), 1) == [int(row.argmax()) for row in expected.numpy()]
 
 
 def test_weights_that_are_no_numbers_are_refused():
@@ -108,13 +110,17 @@ def test_ends_find_the_same_token_with_a_screen_and_give_all_logits_to_who_wants
     assert torch.equal(best.amax(-1), before.amax(-1))
     for row, place in zip(hidden.flatten(0, 1), before.argmax(-1).flatten(), strict=True):
         assert ends.best_of(row.view(1, 1, -1)) == place
+    rows = hidden.flatten(0, 1)[:, None]
+    assert ends.bests_of(rows) == before.argmax(-1).flatten().tolist()
 
 
 def test_a_product_for_several_threads_has_the_same_best():
     weight = torch.randn(20_000, 1000, generator=seeded(11))
     x = torch.randn(1000, generator=seeded(12)).numpy()
     assert slices_for(weight.numel(), len(weight), 2) == 2
-    assert ExactArgmax(weight).best(x, 2) == ExactArgmax(weight).best(x, 1)
+    screen, rows = ExactArgmax(weight), x[None] * torch.randn(3, 1000, generator=seeded(13)).numpy()
+    assert screen.best(x, 2) == screen.best(x, 1)
+    assert screen.bests(rows, 2) == screen.bests(rows, 1) == [screen.best(row, 1) for row in rows]
 
 
 def test_a_row_of_the_embedding_is_what_the_library_embeds(tmp_path):

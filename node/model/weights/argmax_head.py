@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import types
+from numba import njit, types
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -95,13 +95,36 @@ def _screened(
     return best
 
 
+# No comparison here meets NaN, which a norm without bound has kept away.
+_FASTMATH = {"nnan", "nsz", "contract"}
+_screen_row = njit(nogil=True, fastmath=_FASTMATH)(_screened)
+
+
 @cache
 def screen_kernel() -> Kernel:
     """See `_screened`."""
     pair, row = types.UniTuple(types.int64, 2), types.float32[::1]
     signature = types.int64(pair, pair, row, types.float32[:, ::1], row, row, types.float32, types.boolean)
-    # No comparison here meets NaN, which a norm without bound has kept away.
-    return compiled(_screened, signature, fastmath={"nnan", "nsz", "contract"})
+    return compiled(_screened, signature, fastmath=_FASTMATH)
+
+
+def _screened_rows(
+    products: Any, matrices: Any, scale: Any, bounds: Any, x: Any, out: Any, rounding: Any, places: Any
+) -> None:
+    """`_screened` of each row of x [rows, k], into out [rows, outs], and its answer into places [rows]."""
+    (rows, k), outs = x.shape, scale.size
+    x_at, out_at = x.ctypes.data, out.ctypes.data
+    call_at(products[0], (1, x_at, matrices[0], scale.ctypes.data, 0, out_at, rows, outs, k, outs))
+    for row in range(rows):
+        places[row] = _screen_row(products, matrices, scale, bounds, x[row], out[row], rounding, True)
+
+
+@cache
+def screen_rows_kernel() -> Kernel:
+    """See `_screened_rows`."""
+    pair, row, table = types.UniTuple(types.int64, 2), types.float32[::1], types.float32[:, ::1]
+    signature = types.void(pair, pair, row, table, table, table, types.float32, types.int64[::1])
+    return compiled(_screened_rows, signature, fastmath=_FASTMATH)
 
 
 class ExactArgmax:
@@ -139,6 +162,7 @@ class ExactArgmax:
         self._unused: list[
             NDArray[np.float32]
         ] = []  # memory for products, which the allocator would map anew
+        self._table = np.empty((0, outs), np.float32)  # the same for several rows
 
     def __call__(self, x: Tensor, threads: int) -> Tensor:
         """x: float32 [rows, k] -> [rows, outs]: the products that may be the largest, -inf for the others."""
@@ -159,6 +183,25 @@ class ExactArgmax:
         if place < 0:
             place = int(self._whole(torch.from_numpy(x)[None], threads).numpy().argmax())
         return place
+
+    def bests(self, x: NDArray[np.float32], threads: int) -> list[int]:
+        """x: [rows, k] -> of each row the place of the first largest product.  One call of compiled code.
+
+        Where threads pay, the products are divided among them first.
+        """
+        outs, k = self._weight.shape
+        if slices_for(len(x) * outs * k, outs, threads) > 1:
+            return [int(place) for place in self(torch.from_numpy(x), threads).numpy().argmax(1)]
+        if len(self._table) < len(x):
+            self._table = np.empty((len(x), outs), np.float32)
+        table, self._table = self._table, self._table[:0]  # nobody else has it meanwhile
+        places = np.empty(len(x), np.int64)
+        given = self._products, self._matrices, self._scale, self._bounds
+        screen_rows_kernel()(*given, x, table[: len(x)], self._rounding, places)
+        self._table = table
+        for row in np.flatnonzero(places < 0):
+            places[row] = self._whole(torch.from_numpy(x[row : row + 1]), threads).numpy().argmax()
+        return [int(place) for place in places]
 
     def _place(self, x: NDArray[np.float32], out: NDArray[np.float32], *, is_given: bool) -> int:
         return int(

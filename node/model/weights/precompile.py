@@ -34,6 +34,7 @@ def main() -> int:
     low_rank_kernel.head(0)
     argmax_head.norm_kernel()
     argmax_head.screen_kernel()
+    argmax_head.screen_rows_kernel()
     return 0
 
 
