@@ -26,13 +26,15 @@ class Contender:
     """One row.
 
     kind: of the weights, a key of KINDS.  servers: nodes of ours or ggml-rpc-servers; 0: no server besides
-    the process that has the whole model.  clients: generations at a time.
+    the process that has the whole model.  clients: generations at a time.  total_threads: see `threads_of`;
+    0: those of the run.
     """
 
     program: str
     kind: str
     servers: int
     clients: int = 1
+    total_threads: int = 0
 
     @property
     def name(self) -> str:
@@ -45,28 +47,36 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """The name, and after it the clients where there are several."""
-        return self.name if self.clients == 1 else f"{self.name}-x{self.clients}"
+        """The name, and after it the clients where there are several, and threads of its own."""
+        clients = "" if self.clients == 1 else f"-x{self.clients}"
+        return f"{self.name}{clients}{f'-t{self.total_threads}' if self.total_threads else ''}"
 
     @property
     def peer(self) -> Contender | None:
         """The row of llama.cpp next to a row of ours: its local one, or its RPC with as many servers."""
         if self.program != RACEME:
             return None
-        return Contender(LLAMA, self.kind, self.servers if self.servers > 1 else 0, self.clients)
+        servers = self.servers if self.servers > 1 else 0
+        return Contender(LLAMA, self.kind, servers, self.clients, self.total_threads)
 
 
-def all_contenders(many: int, transformers: bool = False) -> list[Contender]:
-    """Every row, kind after kind.  many: clients of the rows for several; 0: without these rows."""
+def all_contenders(
+    many: int, transformers: bool = False, many_threads: Sequence[int] = (0,)
+) -> list[Contender]:
+    """Every row, kind after kind.
+
+    many: clients of the rows for several; 0: without these rows.  many_threads: `Contender.total_threads` of
+    these rows, which are there once for each number.
+    """
     rows = []
     for kind in KINDS:
         rows += [Contender(RACEME, kind, servers) for servers in SERVERS]
         rows += [Contender(LLAMA, kind, servers) for servers in (0, *SERVERS)]
         if transformers and kind == "float32":
             rows.append(Contender(TRANSFORMERS, kind, 0))
-        if many:
-            rows += [Contender(RACEME, kind, servers, many) for servers in SERVERS]
-            rows += [Contender(LLAMA, kind, servers, many) for servers in (0, MANY_SERVERS)]
+        for total in many_threads if many else ():
+            rows += [Contender(RACEME, kind, servers, many, total) for servers in SERVERS]
+            rows += [Contender(LLAMA, kind, servers, many, total) for servers in (0, MANY_SERVERS)]
     return rows
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks peers --json result.json
     python -m benchmarks peers --rows 'raceme-int8-*' 'llama.cpp-Q8_0-*' --rounds 5
+    python -m benchmarks peers --rows '*-x16*' --many-threads 1 2
     python -m benchmarks peers --many 0 --transformers
 
 The first run fetches llama.cpp's source package from PyPI and builds it: 15 CPU minutes.  Where that fails
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_rows(flags: argparse.Namespace) -> int:
     """Measure kind after kind, and print; the exit code."""
     try:
-        rows = chosen(all_contenders(flags.many, flags.transformers), flags.rows)
+        several = flags.many_threads if len(flags.many_threads) > 1 else [0]
+        rows = chosen(all_contenders(flags.many, flags.transformers, several), flags.rows)
         folder = resolve(flags.model, cache_dir=cache_dir())
         info = read_info(folder)
     except (ConfigError, ValueError) as error:
@@ -122,8 +124,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="that can compute at any moment in a row of one client (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--many-threads", type=int, default=len(os.sched_getaffinity(0)),
-        help="the same in a row of several clients (default: the cores)",
+        "--many-threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], metavar="THREADS",
+        help="the same in a row of several clients; a row for each number (default: the cores)",
     )  # fmt: skip
     parser.add_argument("--together", action="store_true", help="all kinds of weights at once: takes 20 GB")
     parser.add_argument("--build-jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
@@ -143,7 +145,9 @@ class Setting:
 
     def total_threads(self, row: Contender) -> int:
         """Threads of this row that can compute at any moment."""
-        return int(self.flags.threads if row.clients == 1 else self.flags.many_threads)
+        if row.total_threads:
+            return row.total_threads
+        return int(self.flags.threads if row.clients == 1 else self.flags.many_threads[0])
 
     @property
     def need(self) -> Need:

@@ -112,8 +112,7 @@ class HeadBatches:
         try:
             while request.answer is None:
                 if self._is_computing:
-                    request.news = trio.Event()
-                    await request.news.wait()
+                    await request.wait()
                 else:
                     await self._have_computed()
         finally:
@@ -136,11 +135,11 @@ class HeadBatches:
         asked, self._asked = self._asked, []
         for request in asked:
             if request.answer is not None:
-                request.news.set()
+                request.wake()
             elif request.is_wanted:
                 self._asked.append(request)
         if self._asked and not self._is_computing:
-            self._asked[0].news.set()
+            self._asked[0].wake()
 
     def _is_quick(self) -> bool:
         """Whether one likeliest token may be computed in the event loop's thread now."""
@@ -194,10 +193,10 @@ class HeadBatches:
 class _Request(Generic[T]):
     """One caller's hidden state and its answer, which is set in the torch thread.
 
-    is_wanted: until its caller is cancelled.  news: set for its caller to look again, in the event loop.
+    is_wanted: until its caller is cancelled.
     """
 
-    __slots__ = ("answer", "best", "is_wanted", "news", "pick", "read")
+    __slots__ = ("_news", "answer", "best", "is_wanted", "pick", "read")
 
     def __init__(
         self, read: Callable[[], Tensor], pick: Callable[[Tensor], T], best: Callable[[int], T] | None
@@ -207,7 +206,17 @@ class _Request(Generic[T]):
         self.best = best
         self.answer: outcome.Outcome[T] | None = None
         self.is_wanted = True
-        self.news = trio.Event()
+        self._news: trio.Event | None = None
+
+    async def wait(self) -> None:
+        """Wait until its caller is to look again."""
+        self._news = trio.Event()
+        await self._news.wait()
+
+    def wake(self) -> None:
+        """Its caller is to look again, if it waits.  In the event loop's thread."""
+        if self._news is not None:
+            self._news.set()
 
     def settle(self, answer: outcome.Outcome[T]) -> None:
         """The answer, or the error in its place."""

@@ -10,6 +10,8 @@ import torch
 import trio
 
 from client.session.session import Session
+from node.serving.sessions.inbox import Arrived
+from node.serving.sessions.worker import HopWorker
 from routing.names import PeerId
 from tensor_codec.codecs import decode_hidden, encode_hidden
 from tensor_codec.errors import PeerGone
@@ -192,6 +194,44 @@ async def test_steps_of_one_frame_are_computed_in_one_batch(autojump_clock):
             await at.right(world, index)
         assert [len(batch) for batch in at.node.span.batches] == [3]
         assert at.node.faults == {}
+
+
+async def test_steps_of_several_positions_and_cuts_need_no_task_either(autojump_clock, monkeypatch):
+    worked: list[int] = []
+    one_by_one = HopWorker._step
+
+    async def counted(worker: HopWorker, arrived: Arrived) -> None:
+        worked.append(arrived.step.step)
+        await one_by_one(worker, arrived)
+
+    async with swarm() as world, fed(world) as at:
+        monkeypatch.setattr(HopWorker, "_step", counted)
+        at.node.span.batches.clear()
+        wrong = bytes(encode_hidden(some_hidden(3, seed=9), "fp32"))
+        await at.pusher.send(encode_steps([at.step(0), at.step(1, body=wrong), at.step(2)]))
+        await at.right(world, 0)
+        await at.clients[1].receive(world)
+        await at.right(world, 2)
+        assert [len(batch) for batch in at.node.span.batches] == [3]
+        # Two of these three drafts were wrong: the next step begins below the cache's length.
+        await at.pusher.send(encode_steps([at.step(0, 2, 3), at.step(1, 2, 2), at.step(2, 2, 3)]))
+        for index, tokens in ((0, 4), (1, 3), (2, 4)):
+            await at.right(world, index, tokens)
+        assert [len(batch) for batch in at.node.span.batches] == [3, 3]
+        assert worked == []
+        assert at.node.faults == {}
+
+
+async def test_a_step_of_more_positions_than_a_batch_takes_is_for_its_session_s_task(autojump_clock):
+    async with swarm() as world, fed(world) as at:
+        most = at.node.listener.engine.batcher.policy.decode_tokens
+        body = bytes(encode_hidden(some_hidden(most + 3, seed=0)[:, 2:], "fp32"))
+        await at.pusher.send(encode_steps([at.step(0, body=body), at.step(1)]))
+        result = await at.clients[0].receive(world)
+        assert isinstance(result, Result)
+        whole = whole_model(some_hidden(most + 3, seed=0), 0, 4)[:, -1:]
+        assert torch.equal(decode_hidden(result.body, CONTRACT), whole)
+        await at.right(world, 1)
 
 
 async def test_a_step_that_its_session_does_not_allow_fails_alone_and_its_sender_is_blamed(autojump_clock):

@@ -66,6 +66,18 @@ def test_every_row_of_ours_has_its_peer_among_the_rows():
     assert THEIRS.peer is None
 
 
+def test_rows_for_several_clients_may_be_there_once_for_each_number_of_threads():
+    rows = all_contenders(16, many_threads=[1, 2])
+    labels = [row.label for row in rows]
+    assert len(labels) == len(set(labels)) == 3 * 13
+    assert [label for label in labels if label.startswith("raceme-int8-3")] == [
+        "raceme-int8-3", "raceme-int8-3-x16-t1", "raceme-int8-3-x16-t2",
+    ]  # fmt: skip
+    assert Contender(RACEME, "int8", 1, 16, 2).peer == Contender(LLAMA, "int8", 0, 16, 2)
+    assert {row.peer for row in rows if row.program == RACEME} <= set(rows)
+    assert all(row.total_threads for row in rows if row.clients > 1)
+
+
 def test_rows_are_chosen_by_patterns_and_a_pattern_that_matches_none_is_an_error():
     rows = all_contenders(16)
     assert chosen(rows, []) == rows

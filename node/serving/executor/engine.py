@@ -332,10 +332,8 @@ class Engine:
         Raises TooManyStreams (the queues are full, or the step was not begun within `step_wait_seconds`;
         nothing was done), BadResult (an input is not finite; nothing was done), NotFinite.
         """
-        joins = what.tokens == 1 or (
-            self.span.fused and self.batcher.policy.decodes(contract.batch, what.tokens, what.position)
-        )
-        kind = Kind.DECODE if joins and prompts is None else Kind.PREFILL
+        is_joint = joins(self, contract.batch, what.tokens, what.position)
+        kind = Kind.DECODE if is_joint and prompts is None else Kind.PREFILL
         now = self._clock()
         job = Job(
             next(_NUMBERS), peer, kind, contract.batch, what.tokens, contract.start, contract.stop,
@@ -362,9 +360,10 @@ class Engine:
         *,
         whole: bool,
     ) -> int:
-        """Queue a step of one position, as `step` does; its number, for `withdraw`.
+        """Queue a step that `joins`, as `step` does; its number, for `withdraw`.
 
-        One that is alone and short is computed at once, by the caller's thread (see `LoneSteps`).
+        One of one position that is alone and short is computed at once, by the caller's thread (see
+        `LoneSteps`).
         then: called once with its answer, in trio's thread; `after_batch` follows when all answers of its
         batch were given.  Raises TooManyStreams; then nothing was done.
         """
@@ -372,15 +371,16 @@ class Engine:
         peer, prefix = owner.peer, owner.prefix
         if limits.peer_shares is not None:
             prefix = limits.prefix_of(peer, prefix)
-        wanted = 1 if whole else what.reply_tokens
-        if self._lone.is_alone(contract.session, now) and contract.batch == wanted == 1 and not owner.adapter:
+        wanted = what.tokens if whole else what.reply_tokens
+        is_one = contract.batch == what.tokens == wanted == 1
+        if self._lone.is_alone(contract.session, now) and is_one and not owner.adapter:
             result = _at_once(self, owner, prefix or peer, contract, what, body)
             if result is not None:
                 then(result)
                 self.after_batch()
                 return number
         job = Job(
-            number, peer, Kind.DECODE, contract.batch, 1, contract.start, contract.stop,
+            number, peer, Kind.DECODE, contract.batch, what.tokens, contract.start, contract.stop,
             now + limits.step_wait_seconds,
             prefix=prefix,
         )  # fmt: skip
@@ -672,6 +672,11 @@ class Engine:
         if len(settled) == answered:
             rest = replace(piece, offset=piece.offset + half, tokens=piece.tokens - half)
             self._chunk(rest, step, self._clock(), settled)
+
+
+def joins(engine: Engine, rows: int, tokens: int, position: int) -> bool:
+    """Whether a step without deep prompts runs in decode batches."""
+    return tokens == 1 or (engine.span.fused and engine.batcher.policy.decodes(rows, tokens, position))
 
 
 def _submit(engine: Engine, work: _Work) -> None:

@@ -213,7 +213,7 @@ class HopWorker:
         hop.state.resume(order.length, order.step)
         if hop.state.last is None:
             hop.kept.answer = None  # of positions that are forgotten
-        self._cut(order.length)
+        self.cut(order.length)
         hop.kept.successor_has = order.has
         try:
             await self._replay(order)
@@ -233,7 +233,7 @@ class HopWorker:
                 self.engine.meters.replayed["sent"] += (stop - start) * hop.contract.batch
                 await self._send_replay(start, journal.read(start, stop, order.step), (), rope_length)
 
-    def _cut(self, length: int) -> None:
+    def cut(self, length: int) -> None:
         """Forget positions from `length` on, those of an interrupted step too."""
         hop = self.hop
         self.engine.before_next(partial(_cut_cache, hop.cache, length))
@@ -323,7 +323,7 @@ class HopWorker:
         """
         hop, what = self.hop, decision.what
         if hop.cache.length > what.position:
-            self._cut(what.position)
+            self.cut(what.position)
         await self.admission.grow(hop.key, hop.guests.virtual_tokens + what.position + what.tokens)
         if decision.reorder and decision.step is not None:
             hop.state.reordered(decision)

@@ -1,8 +1,9 @@
 """Steps that need no task of their session: decided on arrival, computed with others, passed on after it.
 
-The usual step continues its session's cache by one position, and nothing else of the session waits or is
-under way.  Such a step goes to the engine at once.  When its batch has an answer, `Outbox.flush` sends the
-outputs of all sessions of the batch.  Everything else, and whatever goes wrong here, is for the session's
+The usual step continues its session's cache by one position, or by a few as drafts that are verified do, and
+nothing else of the session waits or is under way.  It may begin below the cache's length, where drafts before
+it were wrong.  Such a step goes to the engine at once.  When its batch has an answer, `Outbox.flush` sends
+the outputs of all sessions of the batch.  Everything else, and whatever goes wrong here, is for the session's
 worker: the step waits in the inbox, or its answer does.
 """
 
@@ -15,10 +16,11 @@ import outcome
 import trio
 
 from node.serving.cache_budget import CacheAdmission
-from node.serving.executor.engine import Answer, Engine, StepOwner
+from node.serving.executor.engine import Answer, Engine, StepOwner, joins
 from node.serving.sessions.hop_session import HopSession
 from node.serving.sessions.inbox import Arrived, Landed
 from node.serving.sessions.state import Compute, State
+from node.serving.sessions.step_room import SMALL_STEP
 from node.serving.sessions.together.onward import message_of
 from routing.names import PeerId
 from tensor_codec.errors import Refused
@@ -32,6 +34,9 @@ class Worker(Protocol):
     hop: HopSession
     engine: Engine
     admission: CacheAdmission
+
+    def cut(self, length: int) -> None:
+        """See there."""
 
     def keep(self, decision: Compute, answer: Answer, *, whole: bool) -> Answer:
         """See there."""
@@ -105,11 +110,14 @@ class Flight:
 def take_off(worker: Worker, step: Step, sender: PeerId, speed: int = 0) -> bool:
     """Begin a step without its session's task; False where that cannot be, and nothing was done."""
     hop = worker.hop
-    if not _is_usual(hop, step):
+    if not (tokens := _usual_tokens(hop, worker.engine, step)):
         return False
-    if not worker.admission.grow_now(hop.key, hop.guests.virtual_tokens + step.position + 1):
+    if hop.cache.length > step.position:
+        worker.cut(step.position)
+    if not worker.admission.grow_now(hop.key, hop.guests.virtual_tokens + step.position + tokens):
         return False
-    decision = hop.state.receive(step.step, StepRange(step.position, 1, step.reply, step.rope_length))
+    what = StepRange(step.position, tokens, step.reply, step.rope_length)
+    decision = hop.state.receive(step.step, what)
     assert isinstance(decision, Compute), "a usual step is a new one"
     arrived = Arrived(step, sender, trio.current_time(), speed)
     owner = StepOwner(hop.stream.peer, hop.stream.prefix, hop.cache, hop.guests.adapter)
@@ -120,20 +128,33 @@ def take_off(worker: Worker, step: Step, sender: PeerId, speed: int = 0) -> bool
     return True
 
 
-def _is_usual(hop: HopSession, step: Step) -> bool:
-    """Whether a step continues its session by one position, and nothing else is to be done."""
-    state, position = hop.state, step.position
-    return (
+def _usual_tokens(hop: HopSession, engine: Engine, step: Step) -> int:
+    """The positions of a step that continues its session while nothing else is to be done; else 0."""
+    state, position, contract = hop.state, step.position, hop.contract
+    tokens = 1 if len(step.body) == contract.row_bytes else _drafts(hop, engine, step)
+    is_usual = (
         hop.inbox.is_empty
         and not hop.busy
         and state.state is State.OPEN
         and state.last is not None  # the worker has done the session's first step
         and state.last[0] < step.step
-        and state.length == position == hop.cache.length
+        and (state.length == position or (state.can_cut and 0 < position < state.length))
+        and state.length == hop.cache.length
         and state.ordered is None
         and step.epoch == hop.route.epoch
         and not (step.bulk or step.rows or step.packed or hop.route.pack or step.reply == "replay")
-        and len(step.body) == hop.contract.row_bytes
-        and position < hop.contract.max_length
+        and position + tokens <= contract.max_length
         and hop.guests.prompts_at(position) is None
     )
+    return tokens if is_usual else 0
+
+
+def _drafts(hop: HopSession, engine: Engine, step: Step) -> int:
+    """The positions of a step of several that decode batches take; 0: it is for the worker.
+
+    The worker counts the bytes of a step that is not small.
+    """
+    tokens, rest = divmod(len(step.body), hop.contract.row_bytes)
+    if rest or len(step.body) > SMALL_STEP or not joins(engine, hop.contract.batch, tokens, step.position):
+        return 0
+    return tokens
