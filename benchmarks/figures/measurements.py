@@ -46,7 +46,7 @@ LONG: Mapping[str, Sequence[str]] = {
     ],
     "executor": [
         "executor", "--sessions", "1", "4", "16", "--quantize", "none", "int8",
-        "--dtype", "float32", "bfloat16", "--rounds", "3",
+        "--dtype", "float32", "bfloat16", "--rounds", "3", "--tokens", "16",
     ],
     "ragged": ["ragged", "--context", "64", "1024"],
     "prefill": ["prefill", "--tokens", "32", "128", "512", "1024", "2048", "8192", "--rounds", "2"],
