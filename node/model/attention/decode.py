@@ -2,7 +2,7 @@
 
 A row's positions are read in pieces, and of each piece all heads, in the order of the memory.  The softmax
 goes along with the pieces (arXiv:1805.02867): the largest score so far, the sum, and the values' sums, which
-shrink when a larger score comes.  Lines of the next page are fetched while a page is read.  Neighbouring rows
+shrink when a larger score comes.  Lines of a later page are fetched while a page is read.  Neighbouring rows
 that are positions of one session, each one position further, read every page once for all of them.
 
 Pieces begin at fixed positions and each query is computed in one order, so its result has the same bits alone
@@ -28,6 +28,7 @@ from node.model.weights.low_rank_kernel import word
 # keep their meaning.
 FAST = {"reassoc", "nsz", "contract", "arcp"}
 PIECE = 256  # positions: keys of SmolLM2's 3 heads and their scores lie in a first-level cache's neighbour
+AHEAD_PAGES = 3  # the page whose lines are fetched is so many further
 RUN = 16  # positions of one session that are read together
 ROW = PIECE + 32  # floats of a row of weights, with room for a last vector
 LEAST_PAIRS = 8  # in the lanes of a vector
@@ -144,20 +145,23 @@ def _piece(
 
     sizes: key heads, queries of each, numbers of a head, bytes of a weight.
     row: their number, the positions that the first one sees, the window, the row's pages.
-    stores: keys, values, and what follows them in the next piece.  scratch: see `_run`.
+    stores: keys, values, and the last page of the row.  scratch: see `_run`.
     """
     key_heads, group, size, weight_bytes = sizes
     count, seen, window, table = row
-    keys, values, after = stores
+    keys, values, very_last = stores
     queries, sums, weights, each = scratch
     slot, head_bytes, base = key_heads * size * item, size * item, begin // PIECE * PIECE
-    last_page = (end - 1) // page
+    first_page, last_page = begin // page, (end - 1) // page
+    pages = last_page + 1 - first_page  # the values of a piece follow its keys, and the next piece its values
     for at in range(begin - begin % TILE_KEYS, end, TILE_KEYS):
         number, offset = at // page, at % page * slot
         key = keys + word(table, number) * page * slot + offset
-        following = values + word(table, begin // page) * page * slot + offset
-        if number < last_page:
-            following = keys + word(table, number + 1) * page * slot + offset
+        if number + AHEAD_PAGES <= last_page:
+            following = keys + word(table, number + AHEAD_PAGES) * page * slot + offset
+        else:
+            further = min(number + AHEAD_PAGES - pages, last_page)
+            following = values + word(table, further) * page * slot + offset
         for head in range(key_heads):
             for i in range(count):
                 low, high = _part(seen + i, window, max(begin, at), min(end, at + TILE_KEYS))
@@ -173,9 +177,10 @@ def _piece(
         if low < high:
             own = weights + i * each
             _softmax(kind, key_heads * group, size, own, low - base, high - base, sums + i * each)
-    for number in range(begin // page, last_page + 1):
+    for number in range(first_page, last_page + 1):
         value = values + word(table, number) * page * slot
-        following = values + word(table, number + 1) * page * slot if number < last_page else after
+        further = min(number + AHEAD_PAGES, very_last)
+        following = (values if further <= last_page else keys) + word(table, further) * page * slot
         for head in range(key_heads):
             for i in range(count):
                 low, high = _part(seen + i, window, max(begin, number * page), min(end, (number + 1) * page))
@@ -199,7 +204,7 @@ def _run(
     [heads], and weights [heads, ROW], float32.  Queries and weights in pairs take the first half of a row.
     """
     key_heads, group, size, weight_bytes = sizes
-    count, seen, window, table = row
+    count, seen, window, _ = row
     keys, values = stores
     heads = key_heads * group
     each = heads * (2 * size + 2 + ROW) * 4
@@ -225,8 +230,7 @@ def _run(
     stop, begin = seen + count - 1, max(0, seen - window) if window else 0
     while begin < stop:
         end = min(stop, begin // PIECE * PIECE + PIECE)
-        after = keys + word(table, min(end, stop - 1) // page) * page * key_heads * size * item
-        _piece(kind, item, sizes, row, begin, end, page, (keys, values, after), places)
+        _piece(kind, item, sizes, row, begin, end, page, (keys, values, (stop - 1) // page), places)
         begin = end
     for i in range(count):
         answer = carray(floats_at(out + i * heads * size * 4), (heads, size))
