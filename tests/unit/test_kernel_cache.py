@@ -46,7 +46,8 @@ def test_every_module_with_compiled_code_is_part_of_the_key():
         for path in (ROOT / "node").rglob("*.py")
         if re.search(r"^(from|import) (numba|llvmlite)", path.read_text(), re.MULTILINE)
     }
-    assert found - {kernel_cache.HERE / "weights/kernel_cache.py"} == {
+    constants = {kernel_cache.HERE / "weights/panels/order.py"}  # that compiled code has
+    assert found - {kernel_cache.HERE / "weights/kernel_cache.py"} | constants == {
         kernel_cache.HERE / name for name in kernel_cache.SOURCES
     }
 

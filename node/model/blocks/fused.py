@@ -53,6 +53,7 @@ from node.model.weights.quantize import (
     measured_plan,
     merge_linears,
     move_weights,
+    ordered,
 )
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
@@ -76,7 +77,8 @@ def fuse(
     )
     if not architecture.fused or not plain or getattr(rotary, "rope_type", None) not in _FIXED_ROTARY:
         return None
-    join = WeightArena(sum(arena_bytes(matrices_of(block)) for block in blocks)).joined
+    matrices = [matrix for block in blocks for matrix in matrices_of(block)]
+    join = ordered(WeightArena(arena_bytes(matrices)).joined, matrices)
     fused = []
     for number, block in enumerate(blocks):
         one = _fuse_block(block, config, start + number, join)

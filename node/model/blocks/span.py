@@ -48,6 +48,7 @@ from node.model.checkpoint.tensors import block_tensors, check_blocks, check_loa
 from node.model.llama.config import LlamaConfig, config_of
 from node.model.llama.loading import load_own
 from node.model.llama.modules import LlamaForCausalLM, LlamaModel
+from node.model.weights.panels.order import STRIPES
 from node.model.weights.quantize import (
     Experts,
     Kind,
@@ -78,7 +79,7 @@ _UNLOADABLE = (
     RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError,
     AssertionError, OverflowError, ImportError,
 )  # fmt: skip
-_KINDS: dict[torch.dtype | None, Kind] = {torch.int8: "int8", torch.bfloat16: "bfloat16"}
+_KINDS: dict[torch.dtype | None, Kind] = {torch.int8: "int8", STRIPES: "int8", torch.bfloat16: "bfloat16"}
 
 
 class LibraryConfig(Protocol):

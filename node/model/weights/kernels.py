@@ -30,6 +30,11 @@ follow.  Four long rows would be read before that order reaches them.  They are 
 the matrix instead, so that each tile goes on where the last one ended in each quarter: four long streams, as
 the prefetchers expect.
 
+Int8 weights in an order of their own have their own tiles (node/model/weights/panels/stripes.py), with equal
+bits.
+
+A caller's fast mathematics, which numba hands down, would change the order: functions with sums refuse it.
+
 Importing this module imports numba.  A kernel is compiled at its first use (a few seconds), and kept in the
 user's cache for every process with these sources (node/model/weights/kernel_cache.py).
 """
@@ -53,6 +58,8 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from node.model.weights.compiling import Kernel, callback, compiled
+from node.model.weights.panels import order
+from node.model.weights.panels.order import STRIPES
 
 # numba takes a layer of threads when the first code for several is compiled or read.  With the layer of
 # OpenMP, torch too would compute with these threads from then on; the third needs a library of its own.
@@ -61,8 +68,10 @@ numba.config.THREADING_LAYER = "workqueue"
 _FEATURES = frozenset((numba.config.CPU_FEATURES or get_host_cpu_features()).split(","))
 LANES = 16 if "+avx512bw" in _FEATURES else 8  # of 32 bits in a vector
 INTEGERS = "+avx2" in _FEATURES  # whether int8 weights are multiplied with 16-bit integers
+IN_STRIPES = {"+avx512bw", "+avx512vnni"} <= _FEATURES  # whether weights in stripes can be multiplied
 # Measured on an AMD EPYC with SmolLM2's matrices and with rows of 2,048 and 4,096 numbers, for each item.
-AHEAD_BYTES = 8192  # distance of a tile's prefetch ahead of its reads
+AHEAD_BYTES = 8192  # distance of the prefetch ahead of its reads, of a tile for one row of x
+FAR_AHEAD_BYTES = 16384  # of a tile for several rows of x
 SHORT_TILE_BYTES = 6144  # of the four rows of a tile for one row of x, if they lie next to each other
 SHORT_WIDE_BYTES = 4096  # of items of more than a byte
 STREAM_AHEAD_BYTES = {1: 384, 2: 384, 4: 128}  # distance of the prefetch in each of four streams, by item
@@ -229,14 +238,17 @@ class _Tile:
     def _ask_ahead(self, k: Any, step: int) -> None:
         """Prefetch the bytes that one iteration of the loop reads.
 
-        The rows of tiles lie one after the other, so the prefetch follows the order of the memory.
+        The rows of tiles lie one after the other, so the prefetch follows the order of the memory.  Tiles
+        for several rows ask for the second cache: the first one has few places for memory under way, and
+        their reads of x take turns with it.
         """
         build = self.build
+        ahead, level = (AHEAD_BYTES, 3) if self.rows == 1 else (FAR_AHEAD_BYTES, 2)
         begin = build.add(self.w, build.mul(k, _I64(self.outs * self.item_bytes)))
         for offset in range(0, step * self.outs * self.item_bytes, 64):
-            address = build.add(begin, _I64(AHEAD_BYTES + offset))
+            address = build.add(begin, _I64(ahead + offset))
             pointer = build.inttoptr(address, _I8.as_pointer())
-            build.call(self.prefetch, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, keep it, data
+            build.call(self.prefetch, [pointer, _I32(0), _I32(level), _I32(1)])  # to read, data
 
     def _added(self, sums: list[Any]) -> list[Any]:
         """The sum of each vector, LANES of them in a vector, in the order of the pairs."""
@@ -425,6 +437,7 @@ class _Streams(_Tile):
     def _ask_ahead(self, k: Any, step: int) -> None:
         """Prefetch a line of each stream, or in turn where a step is a part of a line."""
         build, read = self.build, step * self.item_bytes
+        level = 2 if self.item_bytes == 4 else 3  # as fast as reading alone is for each
         line = build.mul(self.k, _I64(self.item_bytes))
         ahead = build.add(build.mul(k, _I64(self.item_bytes)), _I64(STREAM_AHEAD_BYTES[self.item_bytes]))
         steps = max(CACHE_LINE // read, 1)  # that read a line
@@ -435,7 +448,7 @@ class _Streams(_Tile):
             base = build.add(build.mul(build.mul(output, self.stride), line), build.add(self.w, ahead))
             for offset in range(0, read, CACHE_LINE):
                 pointer = build.inttoptr(build.add(base, _I64(offset)), _I8.as_pointer())
-                build.call(self.prefetch, [pointer, _I32(0), _I32(3), _I32(1)])
+                build.call(self.prefetch, [pointer, _I32(0), _I32(level), _I32(1)])
 
     def _numbers(self, address: Any, count: int) -> Any:
         if count == 1:
@@ -502,7 +515,7 @@ _streams = _tile(1, _OUTS[0], _Streams, _IntegerStreams)
 _OUTS_1, _OUTS_2, _OUTS_3, _OUTS_4, _OUTS_5, _OUTS_6 = _OUTS
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=False)  # type: ignore[untyped-decorator]
 def _one_row(
     x_item: Any, item: Any, size: int, x: int, x_scale: int, w: int, scale: int, bias: int, out: int, n: int,
     k: int,
@@ -519,7 +532,7 @@ def _one_row(
         )  # fmt: skip
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=False)  # type: ignore[untyped-decorator]
 def _rows(
     x_item: Any, item: Any, sizes: tuple[int, int], x: int, x_scale: int, w: int, scale: int, bias: int,
     out: int, m: int, n: int, k: int, stride: int,
@@ -583,6 +596,48 @@ def _rows(
             row += rows
 
 
+# `_rows` for weights in another order, without types and sizes, by the type of their items.  The modules of
+# these orders, which import this one, put it here.
+_orders: dict[Any, Any] = {}
+
+
+def take_order(item: Any, product: Any) -> None:
+    """From now on weights of this type are multiplied by `product`, see `_by_order`."""
+    _orders[item] = product
+
+
+def _by_order(
+    x_item: Any, item: Any, sizes: Any, x: Any, x_scale: Any, w: Any, scale: Any, bias: Any, out: Any, m: Any,
+    n: Any, k: Any, stride: Any,
+) -> Any:  # fmt: skip
+    """`_rows`, of weights in rows or in another order."""
+
+
+@overload(_by_order)  # type: ignore[untyped-decorator]
+def _by_order_of_type(
+    x_item: Any, item: Any, sizes: Any, x: Any, x_scale: Any, w: Any, scale: Any, bias: Any, out: Any, m: Any,
+    n: Any, k: Any, stride: Any,
+) -> Any:  # fmt: skip
+    product = _orders.get(item)
+    if product is not None:
+
+        def in_order(
+            x_item: Any, item: Any, sizes: Any, x: Any, x_scale: Any, w: Any, scale: Any, bias: Any, out: Any,
+            m: Any, n: Any, k: Any, stride: Any,
+        ) -> Any:  # fmt: skip
+            product(x, x_scale, w, scale, bias, out, m, n, k, stride)
+
+        return in_order
+
+    def in_rows(
+        x_item: Any, item: Any, sizes: Any, x: Any, x_scale: Any, w: Any, scale: Any, bias: Any, out: Any,
+        m: Any, n: Any, k: Any, stride: Any,
+    ) -> Any:  # fmt: skip
+        _rows(x_item, item, sizes, x, x_scale, w, scale, bias, out, m, n, k, stride)
+
+    return in_rows
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def floats_at(context: Any, address: Any) -> Any:
     """An address as a pointer to float32."""
@@ -627,7 +682,7 @@ def _given(item: Any, x: Any, m: Any, k: Any) -> Any:
 
 @overload(_given)  # type: ignore[untyped-decorator]
 def _given_by_type(item: Any, x: Any, m: Any, k: Any) -> Any:
-    if item == types.int8 and INTEGERS:
+    if (item == types.int8 and INTEGERS) or item in _orders:
 
         def integers(item: Any, x: Any, m: Any, k: Any) -> Any:
             codes, scales, memory = _in_16_bits(x, m, k)
@@ -660,8 +715,17 @@ def _whole(
     stride: int, slices: int,
 ) -> None:  # fmt: skip
     x_item, x_size, x_at, x_scale, memory = _given(item, x, m, k)
-    _rows(x_item, item, (x_size, size), x_at, x_scale, w, scale, bias, out, m, n, k, stride)
+    _by_order(x_item, item, (x_size, size), x_at, x_scale, w, scale, bias, out, m, n, k, stride)
     _hold(memory)
+
+
+_STRIPE = order.OUTS  # compiled code knows no modules of modules
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _start_of(part: int, n: int, slices: int) -> int:
+    """The first output of a slice: of a stripe."""
+    return n if part == slices else part * n // slices // _STRIPE * _STRIPE
 
 
 def _in_slices(
@@ -670,20 +734,30 @@ def _in_slices(
 ) -> None:  # fmt: skip
     x_item, x_size, x_at, x_scale, memory = _given(item, x, m, k)
     for part in prange(slices):
-        first, last = part * n // slices, (part + 1) * n // slices
+        first, last = _start_of(part, n, slices), _start_of(part + 1, n, slices)
         scale_at = scale + first * 4 if scale else 0
         bias_at = bias + first * 4 if bias else 0
-        _rows(
+        _by_order(
             x_item, item, (x_size, size), x_at, x_scale, w + first * k * size, scale_at, bias_at,
             out + first * 4, m, last - first, k, stride,
         )  # fmt: skip
     _hold(memory)
 
 
-product_in_slices = njit(nogil=True, parallel=True)(_in_slices)  # for other compiled code
+product_in_slices = njit(nogil=True, parallel=True, fastmath=False)(_in_slices)  # for other compiled code
 
-ITEMS = {torch.int8: types.int8, torch.bfloat16: types.int16, torch.float32: types.int32}
-_ZEROS = {torch.int8: np.int8(0), torch.bfloat16: np.int16(0), torch.float32: np.int32(0)}
+ITEMS = {
+    torch.int8: types.int8,
+    STRIPES: types.uint8,
+    torch.bfloat16: types.int16,
+    torch.float32: types.int32,
+}
+_ZEROS = {
+    torch.int8: np.int8(0),
+    STRIPES: np.uint8(0),
+    torch.bfloat16: np.int16(0),
+    torch.float32: np.int32(0),
+}
 
 _kernels: dict[tuple[torch.dtype, bool], Kernel] = {}
 _compiling = threading.Lock()
@@ -749,9 +823,10 @@ def _made(dtype: torch.dtype, parallel: bool) -> Kernel:
 class Rows:
     """A matrix that rows are multiplied with: x [..., k] -> x @ weight.T * scale + bias [..., outs].
 
-    weight: int8, bfloat16 or float32 [outs, k].  scale, bias: float32 [outs] or None.  All on the CPU, of
-    any length and alignment.  A row's result has the same bits for any other rows and any number of threads
-    (see above).  Raises ValueError for other shapes, dtypes and devices, because the kernels check nothing.
+    weight: int8, bfloat16 or float32 [outs, k], or int8 codes in STRIPES.  scale, bias: float32 [outs] or
+    None.  All on the CPU, of any length and alignment.  A row's result has the same bits for any other rows
+    and any number of threads (see above).  Raises ValueError for other shapes, dtypes and devices, because
+    the kernels check nothing.
     """
 
     __slots__ = ("bias", "k", "outs", "scale", "weight")
@@ -759,6 +834,13 @@ class Rows:
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
         self.outs, self.k = weight.shape
         sound = weight.dtype in ITEMS and weight.is_contiguous() and weight.is_cpu
+        if weight.dtype == STRIPES:
+            sound = (
+                sound
+                and ITEMS[STRIPES] in _orders
+                and order.has_whole_stripes([weight])
+                and scale is not None
+            )
         for each in (scale, bias):
             sound = sound and (each is None or _are_numbers(each, self.outs))
         if not sound:

@@ -22,10 +22,14 @@ def main() -> int:
     from node.model.attention import decode, prefill
     from node.model.weights import argmax_head, decode_kernels, low_rank_kernel
     from node.model.weights.panels import panel_kernels
+    from node.model.weights.panels.order import STRIPES
 
     for dtype in (torch.float32, torch.int8):
         found.kernel_for(dtype)
         panel_kernels.product_of(dtype)
+    of_spans = STRIPES if found.IN_STRIPES else torch.int8
+    found.kernel_for(of_spans)
+    for dtype in (torch.float32, of_spans):
         decode_kernels.halves(dtype, together=False)
     decode_kernels.run()
     for stores in (torch.float32, torch.bfloat16):

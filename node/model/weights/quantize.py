@@ -38,6 +38,7 @@ from node.model.checkpoint.info import SCALE_SUFFIX, is_matrix
 from node.model.checkpoint.progress import Progress, silent
 from node.model.cuda import measured, ops, torch_ops
 from node.model.weights import experts as of_experts
+from node.model.weights.panels.order import STRIPES, has_whole_stripes, rows_of, striped
 from node.model.weights.plans import Plan, Way, choose_plan
 from tensor_codec.span_spec import QUANTIZE
 
@@ -87,9 +88,9 @@ def dequantize_rows(codes: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
 class PackedLinear(nn.Module):
     """A linear layer whose weights are kept in int8 rows with scales, or in bfloat16.
 
-    weight: int8 or bfloat16 [out, in].  scale: float32 [out], None for bfloat16.  bias: [out] or
-    None.  Takes x [..., in] of any float dtype and answers [..., out] in x's dtype.  Has a derivative
-    with respect to x; the weights are frozen.
+    weight: int8 or bfloat16 [out, in], or int8 codes in STRIPES.  scale: float32 [out], None for bfloat16.
+    bias: [out] or None.  Takes x [..., in] of any float dtype and answers [..., out] in x's dtype.  Has a
+    derivative with respect to x; the weights are frozen.
 
     A row of float32 has the same result alone and in any batch that goes the "compiled" way (see
     node/model/weights/kernels.py); torch's own products, for the other ways, do not promise it.
@@ -101,7 +102,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> None:
         super().__init__()
-        if (scale is not None) != (weight.dtype == torch.int8) or weight.dtype not in _PACKED:
+        if (scale is not None) != (weight.dtype in (torch.int8, STRIPES)) or weight.dtype not in _PACKED:
             raise ValueError(f"int8 rows have scales and bfloat16 rows have none, not {weight.dtype}")
         self.out_features, self.in_features = weight.shape
         self._is_here = True
@@ -124,6 +125,8 @@ class PackedLinear(nn.Module):
         self._rows: Any = None  # Any: `Rows` of a module that is imported only when it is used
         self._pack_scale: Tensor | None = None
         is_here = self.weight.device.type == "cpu"
+        if self.weight.dtype == STRIPES and not is_here:
+            self.weight = rows_of(self.weight)
         if is_here is not self._is_here:
             self._is_here, self.plan = is_here, _first_plan(is_here)
         found = kernels()
@@ -160,13 +163,17 @@ class PackedLinear(nn.Module):
             return gradient @ self.dequantized(gradient.dtype)
         scaled = gradient if self.scale is None else gradient * self.scale
         dtype = torch.bfloat16 if self._rounds() else gradient.dtype
-        return (scaled.to(dtype) @ self.weight.to(dtype)).to(gradient.dtype)
+        return (scaled.to(dtype) @ self._codes().to(dtype)).to(gradient.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weights [out, in] as `dtype`."""
         if self.scale is not None and not self._is_here:
             return torch_ops.dequantised(self.weight, self.scale, dtype)
-        return dequantize_rows(self.weight, self.scale, dtype)
+        return dequantize_rows(self._codes(), self.scale, dtype)
+
+    def _codes(self) -> Tensor:
+        """The weights as rows."""
+        return rows_of(self.weight) if self.weight.dtype == STRIPES else self.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """`.to(dtype)` leaves the weights as they are: their dtype is their storage."""
@@ -256,7 +263,7 @@ _WAYS: dict[Way, Callable[[PackedLinear, Tensor], Tensor]] = {
     "int8pack": PackedLinear._int8pack,
     "dequantise": PackedLinear._dequantise,
 }
-_PACKED = (torch.int8, torch.bfloat16)
+_PACKED = (torch.int8, STRIPES, torch.bfloat16)
 
 
 def fits_int8pack(x: Tensor, weight: Tensor) -> bool:
@@ -336,6 +343,18 @@ def matrices_of(block: nn.Module) -> list[Tensor]:
     return [each for each in weights if isinstance(each, Tensor) and each.dim() == 2 and each.is_cpu]
 
 
+def ordered(join: Join, weights: Sequence[Tensor]) -> Join:
+    """`join` for `merge_linears` and `move_weights` of layers with these weights: in the kernels' own order.
+
+    Of int8 weights on CPUs with instructions for bytes: all of a span, or none, so that they have one kind.
+    """
+    found = kernels()
+    packed = [weight for weight in weights if weight.dtype == torch.int8]
+    if found is not None and found.IN_STRIPES and has_whole_stripes(packed):
+        return striped(join)
+    return join
+
+
 def move_weights(layer: nn.Module, join: Join) -> None:
     """Compute with a copy of a layer's weights from now on, where they lie in the CPU's memory.
 
@@ -373,9 +392,11 @@ def kernels() -> ModuleType | None:
     """node/model/weights/kernels.py; None, with a warning, where numba cannot be imported."""
     try:
         from node.model.weights import kernels
+        from node.model.weights.panels import stripes
     except ImportError as error:
         log.warning("no kernels for packed weights, torch's own products are slower: %s", error)
         return None
+    stripes.offer()
     return kernels
 
 

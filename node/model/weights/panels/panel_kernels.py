@@ -31,6 +31,7 @@ from node.model.weights.compiling import callback
 from node.model.weights.kernels import _I8, _I16, _I32, _I64, _VECTOR, LANES, _Tile
 from node.model.weights.panels import integer_panels
 from node.model.weights.panels.integer_panels import ALIGNED, _aligned
+from node.model.weights.panels.order import STRIPES
 
 log = logging.getLogger("raceme")
 
@@ -236,8 +237,10 @@ def least_rows(dtype: torch.dtype) -> int:
     """From how many rows on products over panels are faster here; NEVER where they are not.
 
     Measured once, in about 0.05 s, after the compilation.  The two ways give equal bits: on a CPU where the
-    measured products differ, panels are not used, and the log says so.
+    measured products differ, panels are not used, and the log says so.  Stripes are for all numbers of rows.
     """
+    if dtype == STRIPES:
+        return NEVER
     outs, width = MEASURED_SHAPE
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(outs, width, generator=generator) * 40).clamp_(-127, 127).to(dtype)
