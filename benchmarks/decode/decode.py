@@ -154,6 +154,8 @@ def measure(
         "client_bytes_per_token": sum(each["bytes"] for each in rounds[1:]) / tokens,
         "server_cpu_s_per_token": sum(each["server_cpu_seconds"] for each in rounds[1:]) / tokens,
         "client_cpu_s_per_token": sum(each["cpu_seconds"] for each in rounds[1:]) / tokens,
+        "server_cpu_ms_per_token": 1e3 * sum(each["server_cpu_seconds"] for each in rounds[1:]) / tokens,
+        "client_cpu_ms_per_token": 1e3 * sum(each["cpu_seconds"] for each in rounds[1:]) / tokens,
         "server_rss_mib": max(node.rss_mib() for node in swarm.nodes),
         "client_rss_mib": client.rss_mib(),
         "torch_rss_mib": torch_rss_mib(),

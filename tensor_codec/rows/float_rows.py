@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tensor_codec.errors import BadResult
 from tensor_codec.frame import Buffer
 
+ROW_CODECS = frozenset({"fp32", "bf16"})
 _MAGNITUDE = np.uint32(0x7FFFFFFF)  # the bits of a float32 without its sign
 _ROUNDS_TO_INFINITY = np.uint32(0x7F7F8000)  # the least magnitude that is infinite, or no number, in bf16
 

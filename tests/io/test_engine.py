@@ -18,7 +18,7 @@ from node.model.adapters.low_rank import LowRank, SpanAdapter
 from node.model.blocks import parts
 from node.serving.executor.batcher import Batcher
 from node.serving.executor.engine import Answer, Engine, NotFinite, Packing, StepOwner
-from node.serving.executor.jobs import Job
+from node.serving.executor.jobs import Job, Kind
 from node.serving.executor.lone_steps import LOOP_SECONDS
 from node.serving.executor.rates import Rates
 from node.serving.forward_backward import ForwardBackwardListener, Work
@@ -632,3 +632,81 @@ async def test_a_value_that_is_not_finite_fails_its_step_alone_where_it_is_compu
         engine.span.poison = lambda hidden: hidden / 0
         with pytest.raises(NotFinite, match="computed"):
             await one.step()
+
+
+def ways_into_the_thread(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The functions that the torch thread is given from now on."""
+    given: list[object] = []
+    run = FakeCompute.run
+
+    async def counted(compute: FakeCompute, function, *args):
+        given.append(function)
+        return await run(compute, function, *args)
+
+    monkeypatch.setattr(FakeCompute, "run", counted)
+    return given
+
+
+async def test_a_short_batch_of_several_sessions_is_computed_by_the_loop_s_thread(monkeypatch):
+    async with short_steps() as engine:
+        ones = [Begun(engine, peer, number) for peer in "ab" for number in range(2)]
+        for one in ones:
+            await one.step(2)
+        sizes, given = batches_through_the_queue(engine, monkeypatch), ways_into_the_thread(monkeypatch)
+        for _ in range(3):
+            for index, answer in (await all_at_once(ones)).items():
+                ones[index].check(answer)
+        assert given == []
+        assert max(sizes) > 1
+        assert engine.waits.queue(engine._clock()) >= 0
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["long", "another thread", "the thread is busy", "a chore waits", "an adapter", "a prompt", "packed"],
+)
+async def test_a_batch_that_is_long_or_needs_more_than_our_kernels_is_for_the_torch_thread(why, monkeypatch):
+    async with short_steps() as engine:
+        ones: list[One] = [Begun(engine, "a", number) for number in range(3)]
+        for one in ones:
+            await one.step(2)
+        given = ways_into_the_thread(monkeypatch)
+        if why == "long":
+            engine.batcher.costs.of[Kind.DECODE].per_block = 0.01
+        elif why == "another thread":
+            engine.span.in_any_thread = False
+        elif why == "the thread is busy":
+            monkeypatch.setattr(FakeCompute, "is_idle", False)
+        elif why == "a chore waits":
+            engine.before_next(lambda: None)
+        elif why == "an adapter":
+            ones[1].adapter = adapter_of("one", 1)
+        elif why == "packed":
+            ones[1] = One(engine, "a", 9)
+            ones[1].packing = Packing(onward=True)
+        tokens = [1, 40 if why == "a prompt" else 1, 1]
+        async with trio.open_nursery() as nursery:
+            for one, count in zip(ones, tokens, strict=True):
+                nursery.start_soon(one.step, count)
+        assert given
+
+
+async def test_a_value_that_is_not_finite_fails_its_step_alone_in_a_short_batch():
+    async with short_steps() as engine:
+        ones = [Begun(engine, "a", number) for number in range(3)]
+        for one in ones:
+            await one.step(2)
+        found: dict[int, Answer | Exception] = {}
+
+        async def step(index: int) -> None:
+            try:
+                found[index] = await ones[index].step(poison=index == 1)
+            except BadResult as error:
+                found[index] = error
+
+        async with trio.open_nursery() as nursery:
+            for index in range(3):
+                nursery.start_soon(step, index)
+        assert str(found[1]) == "received hidden states hold NaN or infinity"
+        for index in (0, 2):
+            ones[index].check(found[index])

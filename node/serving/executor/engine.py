@@ -3,7 +3,9 @@
 A step is queued here and its caller waits.  One task, `run`, has a batch computed whenever the thread is
 free.  The thread itself chooses the batch at that moment (`node.serving.executor.batcher`), from all that has
 arrived by then; meanwhile the event loop receives and sends.  From wire bytes to wire bytes a batch crosses
-into the thread once, and rows of many sessions are decoded, computed and encoded as one tensor.
+into the thread once, and rows of many sessions are decoded, computed and encoded as one tensor.  Where all
+that waits is short and needs our own kernels alone, the loop's own thread computes the batch: the way into
+the torch thread and back, and the turns of two threads with the interpreter, would cost more.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from node.serving.executor import out_of_memory
 from node.serving.executor.batcher import Batcher, BatchPolicy
 from node.serving.executor.job_queues import RETRY_SECONDS
 from node.serving.executor.jobs import Batch, Job, Kind, Piece, Segment, segments
-from node.serving.executor.lone_steps import LoneSteps, is_short
+from node.serving.executor.lone_steps import LONGEST_SECONDS, LoneSteps, is_short
 from node.serving.executor.rates import MeasuredSpan, Rates, measure_decode
 from node.serving.executor.waits import Waits
 from tensor_codec.codecs import (
@@ -48,7 +50,7 @@ from tensor_codec.errors import BadResult, Draining, Refused, TooManyStreams
 from tensor_codec.frame import Buffer
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import OUTLIER_CODEC, Contract, StepRange
-from tensor_codec.rows.float_rows import row_bytes, row_values
+from tensor_codec.rows.float_rows import ROW_CODECS, row_bytes, row_values
 
 IDLE_MEASURE_SECONDS = 0.1  # for measuring again how fast an idle node is
 MAX_MEASURED_STEP_SECONDS = 0.5  # a slower step is not measured again
@@ -294,13 +296,18 @@ class Engine:
             self._wanted = trio.Event()
             resume_at = -math.inf
             while resume_at <= self._clock():
-                settled, resume_at = await self.compute.run(self._run_batch)
+                if is_here := _is_for_the_loop(self):
+                    settled, resume_at = self._run_batch()
+                else:
+                    settled, resume_at = await self.compute.run(self._run_batch)
                 with self._lock:
                     for work, _ in settled:
                         _forget(self, work.job.number)
                 for work, result in settled:
                     work.then(result)
                 self.after_batch()
+                if is_here:
+                    await trio.lowlevel.checkpoint()  # the loop has its time before the next batch
             if resume_at < math.inf:
                 with trio.move_on_after(max(0.0, resume_at - self._clock())):
                     await self._wanted.wait()
@@ -468,7 +475,7 @@ class Engine:
             raise
         return answers[0].unwrap()
 
-    # From here on: in the torch thread.
+    # From here on: in the torch thread, or in the loop's while that one is idle.
 
     def _run_batch(self) -> tuple[Settled, float]:
         """Run the next batch: its answers, and when to call again if nothing is queued until then.
@@ -596,6 +603,15 @@ class Engine:
             mixed = mixed or step.adapter is not None
             ragged = ragged or job.tokens > 1
         runs = segments(jobs)
+        if len(runs) == 1 and not mixed:  # nothing is taken apart
+            rows = self.span.decode(
+                hidden, [step.cache for step in steps], *runs[0][:2],
+                rope_lengths=[step.what.rope_length for step in steps],
+                tokens=[job.tokens for job in jobs] if ragged else None,
+            )  # fmt: skip
+            for step in steps:
+                step.cache.length = step.what.position + step.job.tokens
+            return rows
         if len(runs) > 1 and (stage := self.span.new_stage()) is not None:
             return _staged(self.span, stage, steps, hidden, runs, mixed=mixed, ragged=ragged)
         parts = list(torch.split(hidden, rows_of))
@@ -619,7 +635,7 @@ class Engine:
                 parts[index] = part
         for step in steps:
             step.cache.length = step.what.position + step.job.tokens
-        return rows if len(runs) == 1 and not mixed else join(parts)
+        return join(parts)
 
     def _chunk(self, piece: Piece, step: _Step, began: float, settled: Settled) -> None:
         """A chunk of a prefill; the answer when it was the last one."""
@@ -799,6 +815,21 @@ def _read_ahead(engine: Engine, running: Collection[int]) -> bool:
     return bool(sound)
 
 
+def _is_for_the_loop(engine: Engine) -> bool:
+    """Whether all that waits is short enough for the event loop's thread, and needs our own kernels alone."""
+    if not engine.compute.is_idle or not engine.span.in_any_thread or engine._chores or engine._ahead:
+        return False
+    start, stop, work = engine.span.stop, engine.span.start, 0
+    for one in engine._works.values():
+        job = one.job
+        is_plain = isinstance(one, _Step) and one.packing is AS_AGREED and one.contract.codec in ROW_CODECS
+        if not is_plain or job.kind is not Kind.DECODE or job.adapter:
+            return False
+        start, stop = min(start, job.start), max(stop, job.stop)
+        work += job.rows * job.tokens * (job.stop - job.start)
+    return engine.batcher.costs.of[Kind.DECODE].seconds(stop - start, work) <= LONGEST_SECONDS
+
+
 def _taken(ahead: dict[int, Tensor], steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Tensor]:
     """`_decoded` of steps of which some were read ahead."""
     known = [step for step in steps if step.job.number in ahead]
@@ -906,6 +937,8 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
 
     A step that holds NaN, infinity or bytes that its codec cannot have is answered so, and left out.
     """
+    if (values := _plain_values(steps)) is not None:
+        return list(steps), values
     sound: list[_Step] = []
     rows: list[Tensor] = []
     by_codec: dict[str, list[_Step]] = {}
@@ -942,6 +975,44 @@ def _decoded(steps: Sequence[_Step], settled: Settled) -> tuple[list[_Step], Ten
     return sound, torch.cat(rows or [torch.empty(0, steps[0].contract.hidden)])
 
 
+def _plain_values(steps: Sequence[_Step]) -> Tensor | None:
+    """`_decoded` of steps in one codec, without operations of torch; None: for `_decoded`."""
+    contract = steps[0].contract
+    if contract.codec not in ROW_CODECS:
+        return None
+    bodies = bytearray()
+    for step in steps:
+        if step.packing.given or step.contract.codec != contract.codec:
+            return None
+        bodies += step.body
+    try:
+        values = row_values(bodies, contract.codec)
+    except BadResult:  # `_decoded` says of which step
+        return None
+    return torch.from_numpy(values.reshape(-1, contract.hidden))
+
+
+def _plain_bodies(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite] | None:
+    """`_encoded` of steps in one codec that want all their positions; None: for `_encoded`."""
+    codec = steps[0].contract.codec
+    if codec not in ROW_CODECS or hidden.dtype is not torch.float32 or not hidden.is_contiguous():
+        return None
+    if any(step.contract.codec != codec or step.wanted != step.job.tokens for step in steps):
+        return None
+    try:
+        data = row_bytes(hidden.numpy(), codec)
+    except BadResult:  # `_encoded` says of which step
+        return None
+    if len(steps) == 1:
+        return [data]
+    row, begin, bodies = data.nbytes // len(hidden), 0, list[Buffer | NotFinite]()
+    for step in steps:
+        end = begin + _rows_of(step) * row
+        bodies.append(bytes(data[begin:end]))
+        begin = end
+    return bodies
+
+
 def _packed(step: _Step, body: Buffer, micros: int) -> outcome.Outcome[Answer]:
     """The answer to a step whose outputs go on in int8o.  body: they, in the contract's codec."""
     try:
@@ -957,6 +1028,8 @@ def _encoded(steps: Sequence[_Step], hidden: Tensor) -> list[Buffer | NotFinite]
     hidden: on the host.
     The bytes are a step's own where there are several: a session keeps them, and not those of a whole batch.
     """
+    if (plain := _plain_bodies(steps, hidden)) is not None:
+        return plain
     wires: dict[str, tuple[list[bool], memoryview]] = {}
     bodies: list[Buffer | NotFinite] = []
     begin = 0
