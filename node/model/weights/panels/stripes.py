@@ -47,7 +47,9 @@ CHUNK = VECTOR_BYTES  # bytes of x that are split at once
 MOST_ROWS = 6  # of a tile: two sums for each row and vector fill 24 registers
 LEAST_ROWS = 4  # of one of several tiles
 AHEAD_BYTES = 8192  # distance of the prefetch where one tile computes a stripe
-NEAR_ROWS = 2  # up to which a tile asks for the nearest cache; the second one holds a whole stripe
+# Of x in a tile.  One row asks for no memory: the CPU's own prefetch of its stream is faster.  Two ask for
+# the first cache, more for the second one, which holds a stripe.
+NEAR_ROWS = 2
 LEFT = 128  # 32,768 / 256
 _INTEGERS = ir.VectorType(_I32, LANES)
 _BYTES = ir.VectorType(_I8, VECTOR_BYTES)
@@ -73,7 +75,7 @@ class _Bytes(_IntegerTile):
         rows = [build.add(x, build.mul(line, _I64(row))) for row in range(self.rows)]
         ones = ir.Constant(_BYTES, [1] * VECTOR_BYTES)
         level = 3 if self.rows <= NEAR_ROWS else 2
-        asked_lines = VECTORS if place == ALONE else 1
+        asked_lines = 0 if self.rows == 1 else VECTORS if place == ALONE else 1
 
         def body(sums: list[Any], group: Any) -> list[Any]:
             w_at = build.add(w, build.mul(group, _I64(VECTORS * VECTOR_BYTES)))
