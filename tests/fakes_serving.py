@@ -13,8 +13,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import trio
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.chains.chain_choice import ChainChooser
@@ -179,6 +181,12 @@ class FakeSpan:
         spans = sorted([self, *others], key=lambda span: span.start)
         assert all(one.stop == two.start for one, two in itertools.pairwise(spans))
         return FakeSpan(spans[0].start, spans[-1].stop)
+
+    def decode_row(self, values: NDArray[np.float32], cache: FakeCache, start: int, stop: int) -> None:
+        """`decode` of one row, in place."""
+        values[:] = self.decode(torch.from_numpy(values[None]), [cache], start, stop, rope_lengths=[0])[
+            0
+        ].numpy()
 
     def new_cache(self, batch: int, max_length: int) -> FakeCache:
         """An empty cache."""

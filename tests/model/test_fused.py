@@ -276,3 +276,46 @@ def test_blocks_in_one_call_have_the_bits_of_blocks_in_three_calls_each(folder, 
             cache.reserve(6)
             answers.append(span.decode(row, [cache], 2, BLOCKS - 1))
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize(("quantize", "cached"), [("none", torch.float32), ("int8", torch.bfloat16)])
+def test_rows_computed_alone_and_in_place_have_the_bits_of_decode(folder, quantize, cached):
+    span = load_span(folder, 1, BLOCKS, quantize=quantize)
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randn(1, length, span.hidden_size, generator=generator) for length in (5, 14)]
+    steps = [torch.randn(span.hidden_size, generator=generator) for _ in range(8)]
+    answers: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for in_place, found in answers.items():
+        pools = [span.new_arena(256, dtype=cached) for _ in range(2)]
+        caches = [pools[0].open(1, 64), pools[0].open(1, 64), pools[1].open(1, 64)]
+        for cache, prompt in zip(caches, [*prompts, prompts[0]], strict=True):
+            span.forward(prompt, cache, 0, 2, BLOCKS)
+        for number, step in enumerate(steps):  # the rows take new pages on the way
+            if number == 4:
+                pools[0].hold(0, (None, *pools[0].shapes))  # the stores have other numbers
+            for cache in caches:
+                cache.reserve(cache.length + 1)
+                if in_place:
+                    values = step.numpy().copy()
+                    span.decode_row(values, cache, 2, BLOCKS)
+                    found.append(torch.from_numpy(values))
+                else:
+                    found.append(span.decode(step[None], [cache], 2, BLOCKS)[0])
+                cache.length += 1
+    assert all(map(torch.equal, answers[True], answers[False]))
+
+
+def test_a_row_alone_goes_on_behind_the_first_table_of_angles(folder, monkeypatch):
+    monkeypatch.setattr("node.model.blocks.fused._FIRST_ANGLES", 8)
+    span = load_span(folder, 0, BLOCKS, quantize="int8")
+    row = torch.randn(span.hidden_size, generator=torch.Generator().manual_seed(8))
+    caches = [span.new_cache(1, 64) for _ in range(2)]
+    for _ in range(20):
+        for cache in caches:
+            cache.reserve(cache.length + 1)
+        values = row.numpy().copy()
+        span.decode_row(values, caches[0], 0, BLOCKS)
+        other = span.decode(row[None], [caches[1]], 0, BLOCKS)[0]
+        assert torch.equal(torch.from_numpy(values), other)
+        for cache in caches:
+            cache.length += 1

@@ -17,6 +17,7 @@ other activations, rotary angles that depend on the length, and layers that cann
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from node.model.blocks.device.steps import DeviceSteps
 from node.model.blocks.fused_block import (
     FusedBlock,
     Heads,
+    LoneRow,
     Tables,
     decode_attention,
     decode_kernels,
@@ -191,6 +193,7 @@ class FusedSpan:
         self._rotary = rotary
         self._angles: tuple[Tensor, Tensor] | None = None
         self._tables: Tables | None = None
+        self._lone: list[LoneRow] = []  # one for each thread that has computed a row alone
         kept = {kept_in(linear) for block in blocks for linear in block.matrices}
         # The dtype that the compiled kernels read, if all matrices have one dtype.
         self.kept = kept.pop() if len(kept) == 1 else None
@@ -497,11 +500,65 @@ class FusedSpan:
         return self._angles
 
 
+def decode_row(
+    span: FusedSpan,
+    hidden: NDArray[np.float32],
+    pool: PagePool,
+    row: int,
+    position: int,
+    run: tuple[int, int],
+) -> None:
+    """`FusedSpan.decode_rows` of one row without an adapter, with equal bits.
+
+    hidden: float32 [1, hidden_size], in place.  row: its number in the pool.  position: the new one's.
+    run: the first block, and the one after the last.
+    """
+    tables = span._tables
+    if tables is None or _is_divided(span, 1):
+        span.decode_rows(hidden, pool, np.array([row]), np.array([position]), *run)
+        return
+    places = tables.places(pool)
+    try:
+        lone = span._lone.pop()
+    except IndexError:
+        lone = None
+    if lone is None or not lone.fits(pool, places, run, position):
+        lone = _new_lone_row(span, tables, pool, run, position)
+    lone.compute(hidden, pool.pages_of(row), position)
+    span._lone.append(lone)
+
+
+def _new_lone_row(
+    span: FusedSpan, tables: Tables, pool: PagePool, run: tuple[int, int], position: int
+) -> LoneRow:
+    kept, kernels, found = span.kept, decode_kernels(), decode_attention()
+    assert kept is not None
+    assert kernels is not None
+    assert found is not None
+    cos, sin = (angles.numpy() for angles in span._angles_for(position + 1))
+    of_run = slice(run[0] - span.start, run[1] - span.start)
+    return LoneRow(
+        kernel=kernels.run(),
+        before=(kept.itemsize, tables.blocks[of_run], tables.epsilons[of_run]),
+        scratch=(
+            np.empty((1, sum(span._widths)), np.float32),
+            np.empty((1, span.heads * span.head_dim), np.float32),
+        ),
+        heads=span.heads,
+        pool=weakref.ref(pool),
+        places=tables.places(pool),
+        run=run,
+        angles=(cos, sin),
+        attend=found.attention(pool.dtype, span.head_dim).address,
+    )
+
+
 def _is_divided(span: FusedSpan, rows: int) -> bool:
     """Whether a product of this number of rows is divided among threads."""
-    threads, found = torch.get_num_threads(), decode_kernels()
+    threads = torch.get_num_threads()
     if threads < 2:
         return False
+    found = decode_kernels()
     assert found is not None
     sizes = (cast(Tensor, matrix.weight).shape for matrix in span.blocks[0].matrices)
     return any(found.kernels.slices_for(rows * outs * k, outs, threads) > 1 for outs, k in sizes)

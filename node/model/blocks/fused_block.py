@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -150,6 +150,73 @@ class Tables:
             self._places = np.stack([place_of(pool, index) for index in range(len(pool.keys))])
             self._ends = weakref.ref(first), weakref.ref(last)
         return self._places
+
+
+# A row alone: its position, the position's slot, positions to read, and `rows_at` of `decode_kernels.run`.
+_POSITION, _SLOT, _SEEN, _PAGES_AT, _PAGES, _SEEN_AT, _PAGE_TOKENS, _WORDS = range(8)
+
+
+@dataclass(slots=True)
+class LoneRow:
+    """Decode steps of one row through the blocks `run`, by one thread at a time.
+
+    The arguments of the compiled code stay from token to token.  A pass over the weights leaves neither code
+    nor data in the processor's nearer caches: each small array, view or tensor that Python makes around it
+    then costs what dozens cost in a loop.  So a step writes three numbers and makes one call.
+    kernel: `decode_kernels.run()`.  before: its arguments before `hidden`.  scratch: for queries, keys and
+    values, and for what attention answers.  heads: of queries.  places: see `Tables.places`.  angles: cos and
+    sin, float32 [positions, head_dim].  attend: the address of attention.
+    """
+
+    kernel: Callable[..., None]
+    before: tuple[Any, ...]
+    scratch: tuple[NDArray[np.float32], NDArray[np.float32]]
+    heads: int
+    pool: weakref.ref[PagePool]
+    places: NDArray[np.int64]
+    run: tuple[int, int]
+    angles: tuple[NDArray[np.float32], NDArray[np.float32]]
+    attend: int
+    _after: tuple[Any, ...] = field(init=False)
+    _words: NDArray[np.int64] = field(init=False)
+    _pages: NDArray[np.int64] | None = None  # of the last row
+
+    def __post_init__(self) -> None:
+        pool = self.pool()
+        assert pool is not None
+        words = self._words = np.zeros(_WORDS, np.int64)
+        words[_SEEN_AT], words[_PAGE_TOKENS] = words[_SEEN:].ctypes.data, pool.page_tokens
+        start, stop = self.run
+        stores = self.places[start - pool.start : stop - pool.start]
+        position, slot, rows_at = words[_POSITION:_SLOT], words[_SLOT:_SEEN], words[_PAGES_AT:]
+        self._after = (
+            *self.scratch, self.heads, stores, position, slot, *self.angles, self.attend, rows_at, 0, start
+        )  # fmt: skip
+
+    def fits(self, pool: PagePool, places: NDArray[np.int64], run: tuple[int, int], position: int) -> bool:
+        """Whether a step at this position may be computed with these arguments."""
+        return (
+            self.pool() is pool
+            and self.places is places
+            and self.run == run
+            and position < len(self.angles[0])
+        )
+
+    def compute(self, hidden: NDArray[np.float32], pages: NDArray[np.int64], position: int) -> None:
+        """The step in place.
+
+        hidden: float32 [1, hidden_size].  pages: of the row, in order.  position: the new one's, of which the
+        row owns the page.
+        """
+        words = self._words
+        if pages is not self._pages:
+            self._pages = pages
+            words[_PAGES_AT], words[_PAGES] = pages.ctypes.data, len(pages)
+        page, place = divmod(position, int(words[_PAGE_TOKENS]))
+        words[_POSITION] = position
+        words[_SLOT] = pages[page] * words[_PAGE_TOKENS] + place
+        words[_SEEN] = position + 1
+        self.kernel(*self.before, hidden, *self._after)
 
 
 def table_of(blocks: Sequence[FusedBlock]) -> NDArray[np.int64]:

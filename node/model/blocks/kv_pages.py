@@ -205,6 +205,10 @@ class PagePool:
             table[index, : len(owned)] = owned
         return table
 
+    def pages_of(self, row: int) -> NDArray[np.int64]:
+        """The pages of a row, in order; after them `nobodys_page`, any number of times."""
+        return self._pages[row]
+
     def slots(self, rows: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """Where the positions [0, length) of these rows lie in the stores: [rows, length]."""
         pages = self.table(rows, -(-length // self.page_tokens))
@@ -239,7 +243,7 @@ class PagePool:
         for index in range(first, first + count):
             if near >= self._window or not self._free[near]:
                 self._clear(begin, near)
-                begin = near = self._roomiest()
+                begin = near = _roomiest(self._free[: self._window])
             pages[index] = near
             self._free[near] = False
             self._free_pages -= 1
@@ -293,15 +297,6 @@ class PagePool:
         """The pages [0, window) are given out: all owned pages would fit into it, and one page more."""
         owned = self.pages - self._free_pages + 1
         return min(self.pages, max(LEAST_WINDOW, owned + int(SPARE_SHARE * owned)))
-
-    def _roomiest(self) -> int:
-        """A page in the longest run of free pages within the window.
-
-        The run's first page, or its middle one after another row's last page, so that both rows can grow.
-        """
-        free = self._free[: self._window]
-        start, stop = max(_runs(free), key=lambda run: run[1] - run[0])
-        return start if start == 0 or stop - start < 4 else (start + stop) // 2
 
 
 @dataclass(slots=True)
@@ -479,3 +474,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def tensor_bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _roomiest(free: NDArray[np.bool_]) -> int:
+    """A page in the longest run of free pages within the window.
+
+    The run's first page, or its middle one after another row's last page, so that both rows can grow.
+    """
+    start, stop = max(_runs(free), key=lambda run: run[1] - run[0])
+    return start if start == 0 or stop - start < 4 else (start + stop) // 2

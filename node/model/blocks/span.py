@@ -34,7 +34,7 @@ from node.model.adapters.low_rank import Group, Groups, SpanAdapter, groups_of, 
 from node.model.adapters.sites import numbered_blocks, shapes_of
 from node.model.blocks.device.staging import Stage, on_device
 from node.model.blocks.forward_backward import with_prompt
-from node.model.blocks.fused import FusedSpan, fuse, is_compiled
+from node.model.blocks.fused import FusedSpan, decode_row, fuse, is_compiled
 from node.model.blocks.kv_pages import PAGE_TOKENS, BlockShape, PagePool, SpanCache, tensor_bytes
 from node.model.blocks.ragged import ragged_mask, ragged_parts
 from node.model.blocks.rope import check_rope, stretched
@@ -260,44 +260,15 @@ class Span:
             )
         cache.reserve(position + tokens)
         if prompts is None or position >= prompts.shape[1]:
-            hidden = self._prefill(hidden, cache, position, start, stop, rope_length, groups)
+            hidden = _prefill(self, hidden, cache, position, start, stop, rope_length, groups)
         else:
             hidden = on_device(hidden, self.device, self.dtype)
             here = prompts[:, position : position + tokens].to(self.device, self.dtype)
             for block, prompt in zip(range(start, stop), here, strict=True):
                 hidden = with_prompt(hidden, prompt)
-                hidden = self._prefill(hidden, cache, position, block, block + 1, rope_length, groups)
+                hidden = _prefill(self, hidden, cache, position, block, block + 1, rope_length, groups)
         cache.length = position + tokens
         return hidden
-
-    def _prefill(
-        self,
-        hidden: Tensor,
-        cache: SpanCache,
-        position: int,
-        start: int,
-        stop: int,
-        rope_length: int,
-        groups: Groups,
-    ) -> Tensor:
-        """`forward` through a run of blocks, without a change of the cache's length."""
-        position += cache.virtual_tokens
-        if self._fused is not None:
-            hidden = _moved(self, hidden)
-            return self._fused.step(hidden, cache.pool, cache.rows, position, start, stop, groups)
-        from node.model.blocks.library_cache import ArenaRun, states_of
-
-        tokens = hidden.shape[1]
-        positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
-        write = cache.pool.slots_of(cache.rows[:, None], positions)
-        where = positions[:1].copy()
-        states = states_of(cache, (start, stop), position, tokens)
-        stage = Stage(self.device, self.dtype)
-        run = ArenaRun(stage, cache.pool, cache.rows, write, position + tokens, where, states)
-        lengths = _lengths(self, stage, np.maximum(where + 1, rope_length))
-        hidden = stage.send(hidden)
-        with adapted(numbered_blocks(self, start, stop) if groups else {}, groups, len(hidden)):
-            return self._library(hidden, run, run.given, None, start, stop, lengths)
 
     @torch.inference_mode()
     def decode(
@@ -332,6 +303,16 @@ class Span:
             stage, rows, start, stop, rope_lengths=rope_lengths, adapters=adapters, tokens=tokens
         )
         return compute(stage.send(hidden))
+
+    def decode_row(self, values: NDArray[np.float32], cache: SpanCache, start: int, stop: int) -> None:
+        """`decode` of a session of one row, in place and with equal bits: float32 [hidden_size].
+
+        Only where the span computes in any thread.
+        """
+        assert self._fused is not None
+        position = cache.virtual_tokens + cache.length
+        run = self._run_of(start, stop)
+        decode_row(self._fused, values[None], cache.pool, int(cache.rows[0]), position, run)
 
     def new_stage(self) -> Stage | None:
         """A stage for several calls of `planned` that one copy serves; None where nothing is copied."""
@@ -431,6 +412,36 @@ class Span:
             model = with_blocks(self.model, self.architecture, [entry, *blocks[1:]], start, stop)
             self._views[start, stop] = model, entry
         return self._views[start, stop]
+
+
+def _prefill(
+    span: Span,
+    hidden: Tensor,
+    cache: SpanCache,
+    position: int,
+    start: int,
+    stop: int,
+    rope_length: int,
+    groups: Groups,
+) -> Tensor:
+    """`forward` through a run of blocks, without a change of the cache's length."""
+    position += cache.virtual_tokens
+    if span._fused is not None:
+        hidden = _moved(span, hidden)
+        return span._fused.step(hidden, cache.pool, cache.rows, position, start, stop, groups)
+    from node.model.blocks.library_cache import ArenaRun, states_of
+
+    tokens = hidden.shape[1]
+    positions = np.broadcast_to(np.arange(position, position + tokens), (cache.batch, tokens))
+    write = cache.pool.slots_of(cache.rows[:, None], positions)
+    where = positions[:1].copy()
+    states = states_of(cache, (start, stop), position, tokens)
+    stage = Stage(span.device, span.dtype)
+    run = ArenaRun(stage, cache.pool, cache.rows, write, position + tokens, where, states)
+    lengths = _lengths(span, stage, np.maximum(where + 1, rope_length))
+    hidden = stage.send(hidden)
+    with adapted(numbered_blocks(span, start, stop) if groups else {}, groups, len(hidden)):
+        return span._library(hidden, run, run.given, None, start, stop, lengths)
 
 
 @torch.inference_mode()

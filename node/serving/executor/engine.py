@@ -19,9 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, cast
 
+import numpy as np
 import outcome
 import torch
 import trio
+from numpy.typing import NDArray
 from torch import Tensor
 
 from node.devices import empty_cache, is_out_of_memory, synchronize
@@ -158,6 +160,9 @@ class EngineSpan(MeasuredSpan, Protocol):
         tokens: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Span.decode`."""
+
+    def decode_row(self, values: NDArray[np.float32], cache: Any, start: int, stop: int, /) -> None:
+        """See `Span.decode_row`."""
 
     def new_stage(self) -> Stage | None:
         """See `Span.new_stage`."""
@@ -385,6 +390,8 @@ class Engine:
             if result is not None:
                 then(result)
                 self.after_batch()
+                if isinstance(result, outcome.Value):  # now that the answer is on its way
+                    _learn_alone(self, peer, prefix or peer, contract, result.value.compute_micros)
                 return number
         job = Job(
             number, peer, Kind.DECODE, contract.batch, what.tokens, contract.start, contract.stop,
@@ -756,10 +763,7 @@ def _at_once(
     try:
         values = row_values(body, contract.codec)
         cache.reserve(what.position + 1)
-        rows = engine.span.decode(
-            torch.from_numpy(values[None]), [cache], contract.start, contract.stop,
-            rope_lengths=[what.rope_length],
-        )  # fmt: skip
+        engine.span.decode_row(values, cache, contract.start, contract.stop)
     except BadResult as bad:
         return outcome.Error(bad)
     except out_of_memory.FAULTS as error:
@@ -768,19 +772,22 @@ def _at_once(
         raise
     cache.length = what.position + 1
     try:
-        encoded: Buffer = row_bytes(rows.numpy(), contract.codec)
+        encoded: Buffer = row_bytes(values, contract.codec)
     except BadResult as bad:
         return outcome.Error(NotFinite(str(bad)))
-    ended = engine._clock()
-    seconds = ended - began
-    engine._lone.computed(ended)
-    batcher.ran_alone(owner.peer, party, blocks, seconds, ended)
+    return outcome.Value(Answer(encoded, int((engine._clock() - began) * 1e6)))
+
+
+def _learn_alone(engine: Engine, peer: str, party: str, contract: Contract, micros: int) -> None:
+    """Update the figures by a step that was computed at once, in so many microseconds."""
+    now, blocks, seconds = engine._clock(), contract.stop - contract.start, micros / 1e6
+    engine._lone.computed(now)
+    engine.batcher.ran_alone(peer, party, blocks, seconds, now)
     engine.rates.observe(1, blocks, seconds, decode=True)
-    engine.waits.observe(0.0, seconds, 1, ended)
+    engine.waits.observe(0.0, seconds, 1, now)
     if engine.meters.batches is not None:
         engine.meters.batches.computed("decode", 1, 1, seconds)
         engine.meters.batches.waits.observe(0.0)
-    return outcome.Value(Answer(encoded, int(seconds * 1e6)))
 
 
 def _fetched(engine: Engine, steps: Sequence[_Step], hidden: Tensor) -> Tensor:
