@@ -14,7 +14,7 @@ from typing import NoReturn
 from tensor_codec.errors import FrameError, LocalProtocolError
 
 PREFIX_BYTES = 4
-_PREFIX = struct.Struct(">I")
+PREFIX = struct.Struct(">I")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -31,7 +31,7 @@ def encode_frame(parts: Buffer | Iterable[Buffer], max_frame: int | None = None)
         size += len(piece)
     if size >= 1 << 32 or (max_frame is not None and size > max_frame):
         raise LocalProtocolError(f"a frame of {size} bytes, where {max_frame or 2**32 - 1} are allowed")
-    return b"".join([_PREFIX.pack(size), *pieces])
+    return b"".join([PREFIX.pack(size), *pieces])
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class FrameDecoder:
         """Payload bytes of the next frame, as announced; None before its prefix has come."""
         if len(self._buffer) < PREFIX_BYTES:
             return None
-        return int(_PREFIX.unpack_from(self._buffer)[0])
+        return int(PREFIX.unpack_from(self._buffer)[0])
 
     @property
     def missing_bytes(self) -> int:
@@ -99,7 +99,7 @@ class FrameDecoder:
         held = len(buffer)
         if held < PREFIX_BYTES:
             return None
-        size = int(_PREFIX.unpack_from(buffer)[0])
+        size = int(PREFIX.unpack_from(buffer)[0])
         if size > self.max_frame:
             self._fail(f"a frame of {size} bytes was announced, {self.max_frame} are allowed")
         end = PREFIX_BYTES + size

@@ -420,8 +420,19 @@ class FakeStream:
             await self.reset()  # as a frame cut short does
             raise
 
-    async def receive(self, seconds: float | None = None) -> bytearray | None:
+    async def receive(
+        self, seconds: float | None = None, taker: Callable[[Buffer], bool] | None = None
+    ) -> bytearray | None:
         """The next frame, None at a clean end.  Raises SlowPeer, PeerGone, FrameError."""
+        while (frame := await self._next(seconds)) is not None:
+            try:
+                if taker is None or not taker(frame):
+                    break
+            except PeerFault:
+                break
+        return frame
+
+    async def _next(self, seconds: float | None) -> bytearray | None:
         decoder = self._decoder
         with trio.move_on_after(float("inf") if seconds is None else seconds):
             frame = decoder.take() if decoder._buffer else None

@@ -22,20 +22,26 @@ class OwnTime:
     """The client's own part of each token: from an answer's bytes to those of the next step, less the head.
 
     Means something where one generation is under way.  seconds: of the tokens since the last `take`.
+    away: from the call that sends a step's bytes to the next bytes in, of the last token.
     """
 
     def __init__(self, ends: Any, link: Any = SocketLink) -> None:  # Any: their methods are replaced
         self._seconds: list[float] = []
         self._received: float | None = None
         self._head = 0.0
+        self._sent: float | None = None
+        self.away: float | None = None
         receive, send, best_of = link.receive_into, link.send_now, ends.best_of
 
         async def receive_into(one: Any, buffer: memoryview) -> int:
             size: int = await receive(one, buffer)
             self._received, self._head = time.perf_counter(), 0.0
+            if self._sent is not None:
+                self.away, self._sent = self._received - self._sent, None
             return size
 
         def send_now(one: Any, data: memoryview) -> int:
+            self._sent = time.perf_counter()  # before: the next process may run before this one goes on
             size: int = send(one, data)
             if self._received is not None and self._head:
                 self._seconds.append(time.perf_counter() - self._received - self._head)
@@ -66,7 +72,7 @@ async def serve_lines(flags: argparse.Namespace) -> None:
             question = json.loads(line)
             if "step" not in question:
                 own.take()
-                print(json.dumps({**await answer(swarm, question), "own": own.take()}), flush=True)
+                print(json.dumps({**await answer(swarm, question, own), "own": own.take()}), flush=True)
                 continue
             if question["step"] == 0:  # one token at a time, in turn with the reference's
                 tokens = swarm.generate(question["ids"], max_new_tokens=question["tokens"], temperature=0)
@@ -76,7 +82,7 @@ async def serve_lines(flags: argparse.Namespace) -> None:
             print(json.dumps([token.id, time.perf_counter() - began]), flush=True)
 
 
-async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
+async def answer(swarm: Swarm, question: dict[str, Any], own: OwnTime) -> dict[str, Any]:
     """One round: every client generates, from its own prompt; or the token ids of a text."""
     if "text" in question:
         return {"ids": swarm.local_model.tokenizer(question["text"])["input_ids"]}
@@ -87,9 +93,8 @@ async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
 
     async def one(index: int) -> None:
-        results[index] = await generate(
-            swarm, prompts[index], question["tokens"], tell=bool(question.get("tell"))
-        )
+        tell = bool(question.get("tell"))
+        results[index] = await generate(swarm, prompts[index], question["tokens"], own, tell=tell)
 
     async with trio.open_nursery() as nursery:
         for index in range(len(prompts)):
@@ -102,13 +107,17 @@ async def answer(swarm: Swarm, question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def generate(swarm: Swarm, ids: list[int], tokens: int, *, tell: bool = False) -> dict[str, Any]:
+async def generate(
+    swarm: Swarm, ids: list[int], tokens: int, own: OwnTime, *, tell: bool = False
+) -> dict[str, Any]:
     """Generate greedily; the token ids, the seconds of each, and their part outside the hops' computing.
 
+    hop_seconds: of each token, from the client's socket back to it, less the hops' computing, for each hop.
     tell: print the peers of the chain with each token, so that somebody may kill one of them.
     """
     seconds: list[float] = []
     outside: list[float] = []
+    hops: list[float] = []
     found: list[int] = []
     text = ""
     conversation = swarm.conversation(len(ids) + tokens)
@@ -119,9 +128,18 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int, *, tell: bool = Fa
         if tell and conversation.session is not None:
             print(json.dumps({"hops": [hop.peer for hop in conversation.session.chain.hops]}), flush=True)
         if conversation.session is not None and (times := conversation.session.times) is not None:
-            outside.append(times.total - sum(computing for _, computing in times.hops))
+            computing = sum(computed for _, computed in times.hops)
+            outside.append(times.total - computing)
+            if own.away is not None:
+                hops.append((own.away - computing) / len(times.hops))
     conversation.close()
-    return {"tokens": found, "text": text, "seconds": seconds, "outside_compute": outside}
+    return {
+        "tokens": found,
+        "text": text,
+        "seconds": seconds,
+        "outside_compute": outside,
+        "hop_seconds": hops,
+    }
 
 
 def _cpu() -> float:

@@ -142,6 +142,7 @@ def measure(
         "share_of_reference": library["median"] / step["median"],
         "hop_overhead_ms": statistics.median(far - near for near, far in pairs) / flags.servers * 1e3,
         "wire_ms_per_hop": statistics.median(outside) / flags.servers * 1e3,
+        **hop_ms(counted if flags.clients == 1 else []),
         "client_ms_per_token": own_ms(rounds[1:]),
         "ttft_s": statistics.median(first),
         "ttft_max_s": max(first),
@@ -175,6 +176,17 @@ def equal_share(tokens: Sequence[int], expected: Sequence[int]) -> float:
     longest = max(len(tokens), len(expected))
     pairs = enumerate(zip(tokens, expected, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(tokens), len(expected))) / longest
+
+
+def hop_ms(generations: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Milliseconds of a hop besides its computing, the way to it included: median and fastest tenth."""
+    seconds = [second for generation in generations for second in generation["hop_seconds"][1:]]
+    if len(seconds) < 2:
+        return {"hop_ms": None, "hop_ms_p10": None}
+    return {
+        "hop_ms": statistics.median(seconds) * 1e3,
+        "hop_ms_p10": statistics.quantiles(seconds, n=10)[0] * 1e3,
+    }
 
 
 def own_ms(rounds: Sequence[dict[str, Any]]) -> float | None:

@@ -36,7 +36,9 @@ class PeerStream(Protocol):
     async def send(self, frame: Buffer | Sequence[Buffer], seconds: float | None = None) -> None:
         """Send one frame, to be taken within `seconds`.  Raises SlowPeer, PeerGone."""
 
-    async def receive(self, seconds: float | None = None) -> Buffer | None:
+    async def receive(
+        self, seconds: float | None = None, taker: Callable[[Buffer], bool] | None = None
+    ) -> Buffer | None:
         """The next frame, None at a clean end.  Raises PeerFault."""
 
     async def aclose(self) -> None:

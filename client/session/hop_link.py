@@ -66,9 +66,12 @@ class HopLink:
         self.state.opened(reply)
         self.moves = reply.moves
 
-    async def receive(self, is_saved: Callable[[PeerFault], bool]) -> Buffer:
+    async def receive(
+        self, is_saved: Callable[[PeerFault], bool], taker: Callable[[Buffer], bool] | None = None
+    ) -> Buffer:
         """The next frame, of whichever stream is in use.  Raises PeerFault.
 
+        taker: see `FramedStream.receive`.
         is_saved: called with the fault of the present stream; whether another one will take its place.
         """
         while True:
@@ -76,7 +79,7 @@ class HopLink:
             fault: PeerFault = PeerGone(f"{self.state.hop.peer} ended the session")
             with trio.CancelScope() as self._reading:
                 try:
-                    frame = await stream.receive()
+                    frame = await stream.receive(taker=taker)
                     if frame is not None and stream is self.stream:
                         return frame
                 except PeerFault as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, cast
 
 import trio
@@ -13,13 +14,14 @@ from node.network.budgets.large_frames import SMALL_FRAME, LargeFrames
 from node.network.budgets.stream_place import StreamPlace
 from node.network.budgets.turns import FRAMES_PER_TURN, Turns
 from routing.names import PeerId
-from tensor_codec.errors import PeerGone, Refused, SlowPeer
-from tensor_codec.frame import PREFIX_BYTES, Buffer, FrameDecoder, encode_frame
+from tensor_codec.errors import PeerFault, PeerGone, Refused, SlowPeer
+from tensor_codec.frame import PREFIX, PREFIX_BYTES, Buffer, FrameDecoder, encode_frame
 from tensor_codec.limits import KIB, MAX_HEADER_BYTES, Limits
 
 _READ_BYTES = 256 * KIB
 _HEADER_BYTES = 2 + MAX_HEADER_BYTES  # with its length
 Judge = Callable[[bytes, int], Refused | None]
+Taker = Callable[[Buffer], bool]
 
 
 class ByteStream(Protocol):
@@ -43,6 +45,7 @@ class CountedReader(Protocol):
 
     turns: Turns
     place: StreamPlace
+    on_bytes: Callable[[bytes], bool] | None
 
     async def receive_held(self, max_bytes: int) -> bytes | bytearray:
         """The next bytes, held from now on; b"" at the end."""
@@ -59,6 +62,7 @@ class PlainReader:
 
     def __init__(self, stream: ByteStream) -> None:
         self.turns = Turns()
+        self.on_bytes: Callable[[bytes], bool] | None = None
         self.place = StreamPlace(LargeFrames(1 << 40, 1 << 40), None, "", "", lambda: None)
         self._stream = stream
 
@@ -203,11 +207,15 @@ class FramedStream:
         self._traffic.sent += len(data) - PREFIX_BYTES
         return True
 
-    async def receive(self, seconds: float | None = None) -> bytearray | None:
+    async def receive(self, seconds: float | None = None, taker: Taker | None = None) -> bytearray | None:
         """The next frame, or None at a clean end.
 
         seconds: for the whole frame.  None waits for its first byte without end, but a frame that has begun
         must be whole within `frame_start_seconds` and the time of its size at the slowest rate allowed.
+        taker: called with a small frame that comes whole, by the task that reads the connection: the frame
+        saves the turns of the event loop until this task runs.  True: the taker is done with it, and the
+        next frame is waited for.  Where it answers False or raises a PeerFault it must have done nothing; the
+        frame is returned then.  Frames that came while nobody waited are returned, and so all are in order.
         Raises SlowPeer, PeerGone, FrameError, and the errors of `judge`.
         """
         if not self._has_place:
@@ -224,7 +232,7 @@ class FramedStream:
                 raise trio.BusyResourceError("another task receives from this stream")
             self._receiving = True
             try:
-                frame = await self._receive(seconds)
+                frame = await self._receive(seconds, taker)
             finally:
                 self._receiving = False
             if frame is None:
@@ -254,11 +262,15 @@ class FramedStream:
         else:
             await trio.aclose_forcefully(self._stream)  # type: ignore[arg-type]  # needs aclose alone
 
-    async def _receive(self, seconds: float | None) -> bytearray | None:
+    async def _receive(self, seconds: float | None, taker: Taker | None) -> bytearray | None:
         decoder = self._decoder
         if seconds is None and not decoder.in_frame:
-            if not await self._read():
-                return None
+            self._reader.on_bytes = None if taker is None else partial(self._give, taker)
+            try:
+                if not await self._read():
+                    return None
+            finally:
+                self._reader.on_bytes = None
             if (frame := self._take()) is not None:
                 return frame
         begun, allowed = trio.current_time(), seconds or 0.0
@@ -282,6 +294,21 @@ class FramedStream:
         if seconds is not None:
             raise SlowPeer(f"no whole frame from {self.peer} within {seconds:g} s")
         raise SlowPeer(f"a frame from {self.peer} had begun and was not whole within {allowed:.3g} s")
+
+    def _give(self, taker: Taker, data: bytes) -> bool:
+        """Give the bytes to the taker, where they are one whole frame."""
+        size = len(data) - PREFIX_BYTES
+        if size < 0 or len(data) > SMALL_FRAME or size > self._decoder.max_frame:
+            return False
+        if PREFIX.unpack_from(data)[0] != size:
+            return False
+        try:
+            taken = taker(memoryview(data)[PREFIX_BYTES:])
+        except PeerFault:  # the reader finds it again, and knows what to do
+            return False
+        if taken:
+            self._traffic.received += size
+        return taken
 
     def _take(self) -> bytearray | None:
         """The next frame if it is whole; its bytes are the caller's from now on."""

@@ -430,6 +430,16 @@ def encode_step(message: Step) -> list[Buffer]:
     return [pack_header(fields), message.body]
 
 
+def begins_step(frame: Buffer) -> bool:
+    """Whether a frame is a Step, by its first bytes; False also for one that another encoder wrote."""
+    return bytes(frame[_KIND]) == _STEP_KIND
+
+
+def begins_result(frame: Buffer) -> bool:
+    """The same of a Result."""
+    return bytes(frame[_KIND]) == _RESULT_KIND
+
+
 def owner_tag(owner: str) -> bytes:
     """The tag of a session's owner: two peers may have sessions under one id, fed by the same hop."""
     return sha256(b"raceme-owner-1\0" + owner.encode()).digest()[:OWNER_BYTES]
@@ -564,6 +574,8 @@ _FROM_CLIENT = frozenset({"step", "close", "relink", "resume", "where"})
 _FROM_HOP = frozenset({"result", "failed", "relinked", "here"})
 _TOKEN_FIELDS = frozenset({"k", "s", "n", "p", "r", "t", "e", "o"})
 _NO_TIMINGS: list[object] = []
+_KIND = slice(3, 10)  # after the header's length and the map's first byte, as msgpack writes a first field
+_STEP_KIND, _RESULT_KIND = b"\xa1k\xa4step", b"\xa1k\xa6resu"
 _STEP_CODECS = frozenset({OUTLIER_CODEC})
 
 

@@ -53,7 +53,7 @@ class Sent:
     def send_now(self, frame: object) -> bool:
         return False
 
-    async def receive(self, seconds: float | None = None) -> None:
+    async def receive(self, seconds: float | None = None, taker: object = None) -> None:
         await trio.sleep_forever()
 
     async def send_eof(self) -> None:

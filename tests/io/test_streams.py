@@ -289,6 +289,99 @@ async def test_many_streams_of_one_connection_have_one_turn_together(autojump_cl
         nursery.cancel_scope.cancel()
 
 
+class Tasker:
+    """A taker of the frames that begin with "t"; `found` has what it took, and what the reader got."""
+
+    def __init__(self, stream: FramedStream) -> None:
+        self.stream = stream
+        self.found: list[tuple[str, bytes]] = []
+
+    def take(self, frame) -> bool:
+        if bytes(frame) == b"fault":
+            raise MessageError("of no use")
+        if not bytes(frame).startswith(b"t"):
+            return False
+        self.found.append(("taker", bytes(frame)))
+        return True
+
+    async def read(self) -> None:
+        while (frame := await self.stream.receive(taker=self.take)) is not None:
+            self.found.append(("reader", bytes(frame)))
+
+
+@asynccontextmanager
+async def taking(limits: Limits | None = None):
+    """A stream of Alice's, and Bob's taker of its frames."""
+    async with connection_pair() as (alice, bob), trio.open_nursery() as nursery:
+        stream = alice.open()
+        await stream.send_all(encode_frame(b"first"))
+        tasker = Tasker(framed(await bob.accept(), limits))
+        nursery.start_soon(tasker.read)
+        await trio.testing.wait_all_tasks_blocked()
+        yield stream, tasker
+        nursery.cancel_scope.cancel()
+
+
+async def sent_one_by_one(stream, *pieces: bytes) -> None:
+    for piece in pieces:
+        await stream.send_all(piece)
+        await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_a_taker_gets_whole_small_frames_and_the_reader_those_that_it_leaves(autojump_clock):
+    async with taking() as (stream, tasker):
+        wire = [encode_frame(each) for each in (b"t1", b"fault", b"t2", b"other", b"", b"t3")]
+        await sent_one_by_one(stream, *wire)
+        taken = [("taker", b"t1"), ("reader", b"fault"), ("taker", b"t2"), ("reader", b"other")]
+        assert tasker.found[1:] == [*taken, ("reader", b""), ("taker", b"t3")]
+        assert tasker.stream._traffic.received == sum(len(frame) for _, frame in tasker.found)
+
+
+async def test_a_taker_gets_no_frame_in_pieces_none_of_several_and_none_that_is_large(autojump_clock):
+    async with taking() as (stream, tasker):
+        whole, large = encode_frame(b"t" * 10), encode_frame(b"t" * SMALL_FRAME)
+        await sent_one_by_one(stream, whole[:7], whole[7:], 2 * whole, large, whole)
+        assert [who for who, _ in tasker.found[1:]] == ["reader"] * 4 + ["taker"]
+
+
+async def test_a_frame_above_the_limit_ends_the_stream_whatever_a_taker_says(autojump_clock):
+    async with connection_pair() as (alice, bob):
+        stream = alice.open()
+        await stream.send_all(encode_frame(b"first"))
+        tasker = Tasker(framed(await bob.accept(), SMALL))
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                with pytest.raises(FrameError, match="1001 bytes"):
+                    await tasker.read()
+
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            await stream.send_all(encode_frame(b"t" * 1001))
+        assert tasker.found == [("reader", b"first")]
+
+
+async def test_bytes_that_a_taker_used_are_held_no_more_and_their_credit_goes_back(autojump_clock):
+    async with taking() as (stream, tasker):
+        size = 60 * KIB  # in one message of Noise
+        for _ in range(30):
+            await sent_one_by_one(stream, encode_frame(b"t" * size))
+        assert tasker.found[1:] == [("taker", b"t" * size)] * 30
+        assert stream.state.send_credit >= INITIAL_WINDOW / 2
+        assert tasker.stream._stream.connection.core.unread_bytes == 0
+
+
+async def test_no_taker_is_asked_while_nobody_receives(autojump_clock):
+    async with connection_pair() as (alice, bob):
+        stream = alice.open()
+        await stream.send_all(encode_frame(b"t1"))
+        tasker = Tasker(framed(await bob.accept()))
+        await trio.testing.wait_all_tasks_blocked()
+        assert await tasker.stream.receive(taker=tasker.take) == b"t1"
+        await sent_one_by_one(stream, encode_frame(b"t2"))
+        assert tasker.found == []
+
+
 def held_bytes(connection, readers):
     """Bytes that are kept for a peer: in the muxer, and in frames that are not whole."""
     return connection.core.unread_bytes + sum(reader._decoder.held for reader in readers if reader._has_place)

@@ -481,6 +481,19 @@ def test_bytes_that_a_reader_holds_count_as_unread_and_their_credit_stays_here()
     assert core.unread_bytes == 0
 
 
+def test_bytes_that_were_used_where_they_lay_count_no_more():
+    core = Yamux(False)
+    (event,) = core.receive(opened(), 0.0)
+    stream = event.stream
+    core.receive(data(1, b"x" * 100_000) + data(1, b"y" * 100_000), 0.0)
+    core.used(stream, 150_000)
+    assert core.unread_bytes == len(stream.unread) == 50_000
+    assert stream.credit == INITIAL_WINDOW - 50_000
+    core.reset(stream)
+    core.used(stream, 50_000)
+    assert core.unread_bytes == 0
+
+
 def test_a_stream_that_we_abandon_and_the_peer_does_not_end_is_reset_after_a_while():
     pair = Pair(linger_seconds=10.0)
     ours, theirs = pair.open()

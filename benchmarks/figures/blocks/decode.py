@@ -74,6 +74,8 @@ def decode_block(figures: Figures) -> str:
         ("our code in one process, steps/s", column(ours, "{same_code_steps_per_s:.1f}")),
         ("added for each server, ms", column(ours, "{hop_overhead_ms:.1f}")),
         ("on the wire, in queues and threads, for each server, ms", column(ours, "{wire_ms_per_hop:.1f}")),
+        ("a hop besides its computing, ms (fastest tenth)", [hops(one) for one in ours]),
+        ("the client besides the head, ms", [own(one) for one in ours]),
         ("time to first token, ms (transformers)", first_tokens(ours)),
         ("resident, largest server, MiB", column(ours, "{server_rss_mib:.0f}")),
         ("resident, client, MiB", column(ours, "{client_rss_mib:.0f}")),
@@ -89,6 +91,16 @@ def decode_block(figures: Figures) -> str:
         ("node online after, s", [spread(one["start_s_all"]) for one in ours]),
     ]
     return f"Measured on {described(ours[0]['machine'])}:\n\n{markdown_table(SERVER_HEAD, rows)}"
+
+
+def hops(run: dict[str, Any]) -> str:
+    """A hop besides its computing, where the run has measured it."""
+    return "" if run.get("hop_ms") is None else f"{run['hop_ms']:.2f} ({run['hop_ms_p10']:.2f})"
+
+
+def own(run: dict[str, Any]) -> str:
+    """The client's own part of a token, where the run has measured it."""
+    return "" if run.get("client_ms_per_token") is None else f"{run['client_ms_per_token']:.2f}"
 
 
 def decode_int8_block(figures: Figures) -> str:

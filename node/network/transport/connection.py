@@ -41,6 +41,8 @@ class MuxedStream:
         self.place = StreamPlace(  # of a large frame that arrives or is in hand
             connection.large_frames, connection, connection.peer, connection.prefix, self.reset_now
         )
+        # Called with all unread bytes while the reader waits for some; whether they are used.
+        self.on_bytes: Callable[[bytes], bool] | None = None
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
 
@@ -165,8 +167,21 @@ class MuxedStream:
         self._readers.unpark_all()
         self._writers.unpark_all()
 
-    def wake_readers(self) -> None:
-        """Wake a reader that waits for bytes."""
+    def readable(self) -> None:
+        """Bytes or the end have come: give the bytes to `on_bytes`, or wake the reader."""
+        state, turns = self.state, self.turns
+        if (
+            self.on_bytes is not None
+            and state.unread
+            and self._readers
+            and not self._answer_due
+            and turns.frames < FRAMES_PER_TURN
+        ):
+            data = bytes(state.unread)
+            if self.on_bytes(data):
+                turns.frames += 1
+                self.connection.core.used(state, len(data))
+                return
         self._readers.unpark_all()
 
     def wake_writers(self) -> None:
@@ -275,7 +290,7 @@ class Connection:
             self._on_stream(self._new_stream(state))
         elif (stream_or_none := self._streams.get(state.id)) is not None:
             if what is Happening.READABLE:
-                stream_or_none.wake_readers()
+                stream_or_none.readable()
             elif what is Happening.WRITABLE:
                 stream_or_none.wake_writers()
             else:

@@ -234,6 +234,14 @@ class Yamux:
         stream.held += len(data)
         return data
 
+    def used(self, stream: Stream, size: int) -> None:
+        """Say that the oldest `size` unread bytes were used where they lay.  Gives their credit back."""
+        size = min(size, len(stream.unread))  # none are left after a reset
+        del stream.unread[:size]
+        self._unread_bytes -= size
+        if size and not (stream.receive_ended or stream.is_reset):
+            self._give_credit(stream)
+
     def hold(self, stream: Stream, size: int) -> None:
         """Say how many of the bytes of `take_held` are still held.  Gives the others' credit back."""
         freed = stream.held - size

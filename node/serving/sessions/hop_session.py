@@ -64,7 +64,9 @@ class FrameStream(Protocol):
     def send_now(self, frame: Buffer | Sequence[Buffer]) -> bool:
         """Send one frame where that needs no waiting; False where nothing was done."""
 
-    async def receive(self, seconds: float | None = None) -> Buffer | None:
+    async def receive(
+        self, seconds: float | None = None, taker: Callable[[Buffer], bool] | None = None
+    ) -> Buffer | None:
         """The next frame, None at a clean end; raises PeerFault."""
 
     async def reset(self) -> None:
@@ -188,6 +190,10 @@ class HopSession:
     def feeder(self) -> str:
         """The peer that sends steps."""
         return self.route.predecessor or self.stream.peer
+
+    def speed_of(self, body: Buffer) -> int:
+        """Bytes per second of the way of a step from the client; 0 for one that is too short to tell."""
+        return self.stream.speed if len(body) > LEAST_TOLD_BYTES else 0
 
     def end(self, reason: PeerFault | Refused | None) -> None:
         """Stop the session's tasks; the first reason counts."""

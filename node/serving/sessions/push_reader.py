@@ -14,11 +14,13 @@ from node.serving.sessions.frame_rates import FrameBudget
 from node.serving.sessions.hop_session import LEAST_TOLD_BYTES, FrameStream
 from routing.names import PeerId
 from tensor_codec.errors import PeerGone, Refused, RemoteProtocolError
+from tensor_codec.frame import Buffer
 from tensor_codec.messages.fields import Message, read_message
-from tensor_codec.messages.session import Step
+from tensor_codec.messages.session import Step, begins_step
 from tensor_codec.messages.steps import read_gather, read_steps
 
 _KINDS = frozenset({"step", "steps", "gather"})
+_STEP = frozenset({"step"})
 
 
 class StepTaker(Protocol):
@@ -32,6 +34,9 @@ class StepTaker(Protocol):
 
     async def take_push(self, message: Message, peer: PeerId, speed: int = 0) -> bool:
         """See `Listener.take_push`."""
+
+    def take_now(self, message: Message, peer: PeerId, speed: int = 0) -> bool:
+        """See `Listener.take_now`."""
 
     def take_steps(self, steps: Sequence[Step], peer: PeerId) -> list[Step]:
         """See `Listener.take_steps`."""
@@ -52,7 +57,7 @@ async def read_pushes(stream: FrameStream, takers: Iterable[StepTaker], frames: 
         with ExitStack() as gathering:
             while True:
                 try:
-                    frame = await stream.receive()
+                    frame = await stream.receive(taker=state.take_now)
                 except Refused:  # a large one, of which nothing was kept
                     await frames.spend("idle step", stream, hop=True)
                     continue
@@ -100,6 +105,18 @@ class _PushStream:
                 self.steps += 1
                 return
         await self.frames.spend("idle step", self.stream, hop=True)
+
+    def take_now(self, frame: Buffer) -> bool:
+        """One step that needs no task, see `FramedStream.receive`.  Raises PeerFault."""
+        if not begins_step(frame):
+            return False
+        message = read_message(frame, _STEP)
+        speed = self.stream.speed if len(frame) > LEAST_TOLD_BYTES else 0
+        for taker in self.takers:
+            if taker.take_now(message, self.peer, speed):
+                self.steps += 1
+                return True
+        return False
 
     async def take_steps(self, message: Message) -> None:
         """Steps of many sessions."""

@@ -18,7 +18,7 @@ from node.serving.cache_budget import CacheAdmission
 from node.serving.executor.engine import AS_AGREED, Answer, Engine, NotFinite, Packing
 from node.serving.executor.out_of_memory import OutOfMemory, or_refused
 from node.serving.sessions.frame_rates import FrameBudget
-from node.serving.sessions.hop_session import LEAST_TOLD_BYTES, HopSession, SessionCache
+from node.serving.sessions.hop_session import HopSession, SessionCache
 from node.serving.sessions.inbox import Arrived, Landed
 from node.serving.sessions.state import Compute
 from node.serving.sessions.together.flights import take_off
@@ -30,7 +30,7 @@ from tensor_codec.frame import Buffer
 from tensor_codec.journal import Journal, JournalBudget
 from tensor_codec.limits import Limits
 from tensor_codec.messages.contract import REPLAY_TOKENS, Contract, StepRange, are_packed
-from tensor_codec.messages.fields import Failed, encode_failed
+from tensor_codec.messages.fields import Failed, encode_failed, read_message
 from tensor_codec.messages.session import (
     Close,
     Here,
@@ -40,12 +40,16 @@ from tensor_codec.messages.session import (
     Resume,
     Step,
     Where,
+    begins_step,
     decode_from_client,
     encode_here,
     encode_relinked,
     encode_result,
     encode_step,
+    read_step,
 )
+
+_STEP = frozenset({"step"})
 
 
 @dataclass(slots=True)
@@ -98,9 +102,9 @@ class HopWorker:
 
     async def _read(self) -> None:
         """Receive the client's messages until it closes the session or goes away."""
-        hop = self.hop
+        hop, taker = self.hop, partial(_take_step, self)
         try:
-            while (frame := await hop.stream.receive()) is not None:
+            while (frame := await hop.stream.receive(taker=taker)) is not None:
                 message = decode_from_client(frame, hop.contract)
                 if isinstance(message, Close):
                     break
@@ -116,7 +120,7 @@ class HopWorker:
         match message:
             case Step():
                 if hop.route.predecessor is None:
-                    speed = hop.stream.speed if len(message.body) > LEAST_TOLD_BYTES else 0
+                    speed = hop.speed_of(message.body)
                     if not take_off(self, message, hop.stream.peer, speed):
                         hop.put(message, hop.stream.peer, speed)
                 elif message.epoch == hop.route.epoch:
@@ -385,6 +389,15 @@ class HopWorker:
             self.faults.add(str(peer), fault, bans=False)
             notice = replace(Failed.of(fault, step.step, peer), code="cannot_push")
             await send_to_client(hop, notice)
+
+
+def _take_step(worker: HopWorker, frame: Buffer) -> bool:
+    """Begin a step of the client that needs no task, see `FramedStream.receive`.  Raises PeerFault."""
+    hop = worker.hop
+    if hop.route.predecessor is not None or not begins_step(frame):
+        return False
+    step = read_step(read_message(frame, _STEP), hop.contract)
+    return take_off(worker, step, hop.stream.peer, hop.speed_of(step.body))
 
 
 def _open_or_close_journal(hop: HopSession, journals: JournalBudget) -> None:

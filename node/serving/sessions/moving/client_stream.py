@@ -72,7 +72,9 @@ class ClientStream:
         """See FrameStream."""
         return self._greeted.is_set() and self._write_to.send_now(frame)
 
-    async def receive(self, seconds: float | None = None) -> Buffer | None:
+    async def receive(
+        self, seconds: float | None = None, taker: Callable[[Buffer], bool] | None = None
+    ) -> Buffer | None:
         """The next frame; None where the client has ended its present stream.
 
         Raises PeerFault, PeerGone where no other stream comes in time.
@@ -81,7 +83,7 @@ class ClientStream:
             stream, replaced, gone = self._read_from, self._replaced, None
             with trio.CancelScope() as self._reading:
                 try:
-                    frame = await stream.receive(seconds)
+                    frame = await stream.receive(seconds, taker)
                     if stream is self._read_from:
                         return frame
                 except PeerGone as fault:

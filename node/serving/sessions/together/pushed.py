@@ -70,6 +70,17 @@ class PushedSteps:
                 return await self._take(message, hop, peer, speed)
         return self._is_forgiven(session, owner, step_epoch(message), peer)
 
+    def take_now(self, message: Message, peer: PeerId, speed: int = 0) -> bool:
+        """As `take_push`, of a step that needs no task; False where nothing was done.  Raises PeerFault."""
+        fields = message.header.fields  # `read_step` checks them; for every token
+        session, owner = fields.get("s"), fields.get("o", b"")
+        for hop in self.sessions.by_id.get(session, ()) if type(session) is bytes else ():
+            if (hop.route.predecessor or hop.stream.peer) == peer and owner in (b"", hop.key[0]):
+                if hop.scope.cancel_called or fields.get("e", 0) != hop.route.epoch:
+                    return False  # before it is read: perhaps with another codec
+                return take_off(self.worker(hop), read_step(message, hop.contract), peer, speed)
+        return False
+
     def take_steps(self, steps: Sequence[Step], peer: PeerId) -> list[Step]:
         """Steps of many sessions that `peer` pushes; those of no session here that goes on.
 
