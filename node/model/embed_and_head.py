@@ -7,6 +7,7 @@ library's, for every family.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -251,8 +252,6 @@ def _logits(found: Tensor) -> Tensor:
 
 def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not typed
     """The tokenizer in a model's folder.  Raises ConfigError where there is no working tokenizer."""
-    from transformers import AutoTokenizer
-
     names = [file.name for file in path.iterdir()]
     if not any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARIES):
         raise ConfigError(
@@ -260,7 +259,11 @@ def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not 
             " copy that of the model which it was made from"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if _is_fast_llama(path):  # AutoTokenizer would take this class too, after imports of a second
+            from transformers import PreTrainedTokenizerFast as Tokenizer
+        else:
+            from transformers import AutoTokenizer as Tokenizer
+        tokenizer = Tokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         words = len(tokenizer)
     except Exception as error:
         what = " ".join(str(error).split())[:200]
@@ -270,6 +273,20 @@ def open_tokenizer(path: Path) -> Any:  # Any: the library's tokenizers are not 
     if words <= len(tokenizer.all_special_ids):
         raise ConfigError(f"the tokenizer in {path} has no vocabulary")
     return tokenizer
+
+
+_FAST_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the library's names for one class
+
+
+def _is_fast_llama(path: Path) -> bool:
+    """Whether the folder of a llama has a tokenizer.json and names the library's class for all of them."""
+    files = path / "config.json", path / "tokenizer_config.json"
+    try:
+        model, own = (json.loads(file.read_bytes()) for file in files)
+        named = own["tokenizer_class"] in _FAST_TOKENIZERS and model["model_type"] == "llama"
+        return named and "auto_map" not in {**own, **model} and (path / "tokenizer.json").is_file()
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 class RemoteBlocks(nn.Module):

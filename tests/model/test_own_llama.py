@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from node.config import ConfigError
 from node.model.adapters.adapted import AdaptedSpan
@@ -17,10 +18,10 @@ from node.model.blocks.forward_backward import backward, forward
 from node.model.blocks.span import load_span
 from node.model.checkpoint.architecture import ARCHITECTURES
 from node.model.checkpoint.folder import HashMemo, ModelFolder, open_folder
-from node.model.embed_and_head import load_embed_and_head
+from node.model.embed_and_head import _is_fast_llama, load_embed_and_head, open_tokenizer
 from node.model.llama.config import config_of
 from node.model.llama.modules import LlamaForCausalLM, LlamaModel
-from tests.model_fixtures import BLOCKS, TINY, VOCAB, save_tiny
+from tests.model_fixtures import BLOCKS, TINY, VOCAB, save_tiny, save_tiny_tokenizer
 
 PLAIN: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6,
@@ -164,3 +165,21 @@ def test_what_does_not_fit_is_refused_in_the_library_s_words(tmp_path, monkeypat
     changed = open_folder(folder.path, memo=HashMemo(tmp_path / "hashes.json"))
     with pytest.raises(ConfigError, match="has the shape 32x48, the config asks for 32x40"):
         load_span(changed, 0, BLOCKS)
+
+
+@pytest.mark.parametrize(("model_type", "is_direct"), [("llama", True), ("gpt2", False)])
+def test_the_tokenizer_of_a_llama_is_the_one_that_the_library_chooses(model_type, is_direct, tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    own = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    own |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages[0].content }}!"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    both = found, library = open_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert _is_fast_llama(tmp_path) is is_direct
+    assert type(found) is type(library)
+    assert (found("a b\n").data, found.get_vocab()) == (library("a b\n").data, library.get_vocab())
+    texts = [each.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) for each in both]
+    assert texts[0] == texts[1]
+    assert (found.special_tokens_map, found.model_max_length) == (
+        library.special_tokens_map, library.model_max_length,
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,36 @@ def test_another_function_is_not_waited_for(compiler: Compiler, clock: Clock, ot
     fcntl.flock(other_process, fcntl.LOCK_EX)
     assert compiling.compiled(min, "int64(int64, int64)") is min
     assert clock.seconds == 0.0
+
+
+def other_answer() -> int:
+    return 2
+
+
+def test_of_several_functions_those_come_first_that_no_other_process_compiles(
+    compiler: Compiler, clock: Clock, other_process: int
+):
+    fcntl.flock(other_process, fcntl.LOCK_EX)
+    seen: list[str] = []
+
+    def kernel(function: Callable[..., Any]) -> None:
+        compiling.compiled(function, "int64()")
+        seen.append(function.__name__)
+        if function is other_answer:  # meanwhile the other process has finished
+            fcntl.flock(other_process, fcntl.LOCK_UN)
+
+    compiling.in_any_order([partial(kernel, answer), partial(kernel, other_answer)])
+    assert seen == ["other_answer", "answer"]
+    assert clock.seconds == 0.0
+
+
+def test_functions_that_another_process_compiles_for_ever_are_compiled_after_a_wait(
+    compiler: Compiler, clock: Clock, other_process: int
+):
+    fcntl.flock(other_process, fcntl.LOCK_EX)
+    compiling.in_any_order([partial(compiling.compiled, answer, "int64()")])
+    assert compiler.asked == [True]
+    assert compiling.WAIT_SECONDS <= clock.seconds < compiling.WAIT_SECONDS + 1
 
 
 def test_without_a_folder_each_process_compiles_in_memory(

@@ -593,7 +593,10 @@ def _ways(blocks: Sequence[FusedBlock], kept: torch.dtype | None, head_dim: int)
     if kept is None or decode_kernels() is None:
         return _Ways()
     from node.model.weights.panels import panel_kernels
+    from node.model.weights.precompile import compile_for
 
+    if not head_dim % 2:
+        compile_for(kept, head_dim, torch.get_num_threads())
     plan, attention = None, prefill_attention()
     if kept == torch.float32:
         linears = cast("tuple[nn.Linear, ...]", blocks[0].matrices)

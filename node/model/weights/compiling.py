@@ -3,6 +3,8 @@
 A compiler takes seconds and holds the interpreter's lock meanwhile, so a machine compiles nothing twice: a
 process that finds another one compiling a function waits for it, and then reads the cache
 (node/model/weights/kernel_cache.py).
+
+Processes that start at once on a new machine divide the functions among them (`in_any_order`).
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import fcntl
 import os
 import pickle
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,27 @@ def compiled(function: Callable[..., Any], signature: Any, **options: Any) -> Ke
     )
 
 
+def in_any_order(kernels: Sequence[Callable[[], object]]) -> None:
+    """Call all of these, which compile or read; first those that no other process compiles at the moment.
+
+    So processes that start at once compile different kernels.
+    """
+    left = list(kernels)
+    while left:
+        _compiling.waits, busy = False, []
+        try:
+            for kernel in left:
+                try:
+                    kernel()
+                except _OtherCompiles:
+                    busy.append(kernel)
+        finally:
+            _compiling.waits = True
+        if len(busy) == len(left):
+            busy.pop(0)()
+        left = busy
+
+
 def callback(function: Callable[..., Any], signature: Any) -> Any:
     """The function as machine code for other compiled code, which calls it by `address`.
 
@@ -69,11 +93,25 @@ def _kept(function: Callable[..., Any], make: Callable[[bool], Any]) -> Any:
             return make(False)
 
 
+class _OtherCompiles(Exception):
+    """Another process has this function's lock."""
+
+
+class _Compiling(threading.local):
+    """waits: whether this thread waits for other processes."""
+
+    waits = True
+
+
+_compiling = _Compiling()
+
+
 @contextmanager
 def _alone(folder: Path, function: Callable[..., Any]) -> Iterator[None]:
     """Hold this function's lock among the processes with this cache.
 
-    Where no file can be made, or after WAIT_SECONDS, without the lock.
+    Where no file can be made, or after WAIT_SECONDS, without the lock.  Raises _OtherCompiles within
+    `in_any_order`.
     """
     try:
         file = os.open(
@@ -83,6 +121,8 @@ def _alone(folder: Path, function: Callable[..., Any]) -> Iterator[None]:
         yield
         return
     try:
+        if not _compiling.waits and not _is_locked(file):
+            raise _OtherCompiles
         until = time.monotonic() + WAIT_SECONDS
         while not _is_locked(file) and time.monotonic() < until:
             time.sleep(LOOK_SECONDS)

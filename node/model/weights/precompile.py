@@ -7,12 +7,42 @@ image, have it done beforehand.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 
 from node.model.weights.quantize import kernels
 
 USUAL_HEAD = 64  # numbers: of all sizes that consist of whole vectors
+
+
+def compile_for(weights: torch.dtype, head_dim: int, threads: int) -> None:
+    """Compile or read the kernels of a span whose matrices have this dtype, and cache and threads the usual.
+
+    Nodes that start at once share the work.  Raises ImportError where numba cannot be imported.
+    """
+    from node.model.attention import decode, prefill
+    from node.model.weights import decode_kernels
+    from node.model.weights import kernels as products
+    from node.model.weights.compiling import in_any_order
+    from node.model.weights.panels import panel_kernels
+    from node.model.weights.panels.order import STRIPES
+
+    together, cache = threads > 1, torch.float32 if weights == torch.float32 else torch.bfloat16
+    of_prompts = {(torch.float32, False), (cache, together)}  # the first is measured
+    if head_dim % products.LANES:
+        of_prompts.clear()
+    panels = [] if weights == STRIPES else [partial(panel_kernels.product_of, weights)]
+    in_any_order(
+        [
+            *(partial(prefill.attend_for, dtype, together=several) for dtype, several in of_prompts),
+            partial(decode.attend_for, cache, head_dim),
+            partial(decode_kernels.halves, weights, together=together),
+            partial(products.kernel_for, weights),
+            *panels,
+            decode_kernels.run,
+        ]
+    )
 
 
 def main() -> int:
