@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -53,9 +53,9 @@ NEAR_ROWS = 2
 LEFT = 128  # 32,768 / 256
 _INTEGERS = ir.VectorType(_I32, LANES)
 _BYTES = ir.VectorType(_I8, VECTOR_BYTES)
-ALONE, FIRST, LATER = range(
-    3
-)  # tiles of a stripe: the only one; of several the first, which adds its weights
+# Before LLVM 22 its function for vpdpbusd takes the bytes of each lane as one number.
+_OPERANDS = _BYTES if binding.llvm_version_info[0] >= 22 else _INTEGERS
+ALONE, FIRST, LATER = range(3)  # a stripe's only tile, or one of several: the first one adds the weights
 
 
 class _Bytes(_IntegerTile):
@@ -70,17 +70,17 @@ class _Bytes(_IntegerTile):
         """
         x, line, w, totals, x_scale, scale, bias, out, stride, groups, ahead, lines = given
         build, pairs = self.build, self.rows * VECTORS
-        kind = ir.FunctionType(_INTEGERS, [_INTEGERS, _BYTES, _BYTES])
+        kind = ir.FunctionType(_INTEGERS, [_INTEGERS, _OPERANDS, _OPERANDS])
         multiply = cgutils.get_or_insert_function(build.module, kind, "llvm.x86.avx512.vpdpbusd.512")
         rows = [build.add(x, build.mul(line, _I64(row))) for row in range(self.rows)]
-        ones = ir.Constant(_BYTES, [1] * VECTOR_BYTES)
+        ones = build.bitcast(ir.Constant(_BYTES, [1] * VECTOR_BYTES), _OPERANDS)
         level = 3 if self.rows <= NEAR_ROWS else 2
         asked_lines = 0 if self.rows == 1 else VECTORS if place == ALONE else 1
 
         def body(sums: list[Any], group: Any) -> list[Any]:
             w_at = build.add(w, build.mul(group, _I64(VECTORS * VECTOR_BYTES)))
             weights = [
-                build.load(self._at(w_at, vector * VECTOR_BYTES, _BYTES), align=1)
+                build.load(self._at(w_at, vector * VECTOR_BYTES, _OPERANDS), align=1)
                 for vector in range(VECTORS)
             ]
             now: list[Any] = []
@@ -93,7 +93,7 @@ class _Bytes(_IntegerTile):
                 for row in rows:
                     at = build.add(row, build.mul(group, _I64(2 * GROUP)))
                     few = self._everywhere(build.load(self._at(at, part * GROUP, _I32), align=4))
-                    add(build.bitcast(few, _BYTES))
+                    add(build.bitcast(few, _OPERANDS))
             if place != LATER:
                 add(ones)
             return now
