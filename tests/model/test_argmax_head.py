@@ -53,9 +53,8 @@ def test_the_largest_is_the_same_one_with_the_same_bits(rows, outs, width, sprea
     assert_best(ExactArgmax(weight), weight, x)
 
 
-@pytest.mark.parametrize("outs", [5000, 157 * 32])  # in rows; in stripes where the kernels multiply them
-def test_of_many_rows_only_a_few_are_computed_whole(outs):
-    weight = torch.randn(outs, 64, generator=seeded(1))
+def test_of_many_rows_only_a_few_are_computed_whole():
+    weight = torch.randn(5000, 64, generator=seeded(1))
     left = assert_best(ExactArgmax(weight), weight, torch.randn(20, 64, generator=seeded(2)))
     assert left.float().mean() < 10
 

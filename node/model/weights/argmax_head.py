@@ -30,7 +30,7 @@ from node.model.weights.arena import WeightArena, arena_bytes
 from node.model.weights.compiling import Kernel, compiled
 from node.model.weights.decode_kernels import _normed
 from node.model.weights.kernels import LARGEST, Rows, call_at, product_of, slices_for
-from node.model.weights.quantize import dequantize_rows, ordered, quantize_rows
+from node.model.weights.quantize import dequantize_rows, quantize_rows
 
 PIECE_VALUES = 1 << 20  # weights that the first pass reads together: they stay in the cache
 MAX_LEFT = 1 / 16  # of the rows: when more are left, all are computed
@@ -55,7 +55,7 @@ def _screened(
 ) -> Any:
     """Put the products that may be the largest into `out` [outs], -inf for the others.
 
-    products: addresses of `product_of` the codes and of float32.  matrices: of the codes and of the weights.
+    products: addresses of `product_of` int8 and float32.  matrices: of the codes and of the weights.
     bounds: [3, outs]: of each row the norm of its error, its norm, the sum of its codes' sizes.
     is_given: `out` holds the products with the codes.  Answers the place of the first largest one; all of
     `out` is to be computed where it is -1.
@@ -150,14 +150,13 @@ class ExactArgmax:
             total[rows] = torch.linalg.vector_norm(kept, ord=1, dim=1)
             error[rows] = torch.linalg.vector_norm(kept.sub_(weight[rows]), dim=1)
         arena = WeightArena(arena_bytes([codes, scale, bounds]))
-        codes = ordered(arena.joined, [codes])([codes])
-        scale, bounds = arena.joined([scale]), arena.joined([bounds])
+        codes, scale, bounds = (arena.joined([each]) for each in (codes, scale, bounds))
         self._coarse = Rows(codes, scale, None)
         self._whole = Rows(weight, None, None)
         # Of either product: additions one after the other in a lane, then the remaining ones.
         self._rounding = 2 * EPSILON * (k / 8 + 32)
         self._screen = screen_kernel()
-        self._products = product_of(codes.dtype).address, product_of(torch.float32).address
+        self._products = product_of(torch.int8).address, product_of(torch.float32).address
         self._matrices = codes.data_ptr(), weight.data_ptr()
         self._scale, self._bounds = scale.numpy(), bounds.numpy()
         self._unused: list[
