@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from node.model.weights.panels import bfloat16_panels
 from tests import kernel_answers
 from tests.kernel_answers import LANES
 from tests.processes import ROOT, python
@@ -17,7 +18,9 @@ from tests.processes import ROOT, python
 AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c"}
 SECONDS = 180.0  # compiles once for each state of the sources, on a busy machine
 NEAR = 2e-6  # of the largest number: sums of another number of lanes, in float32
-ROUNDED = 1e-2  # where a CPU multiplies bfloat16, queries and weights of the softmax are rounded
+ROUNDED = (
+    1e-2  # where a CPU multiplies bfloat16, queries, weights of the softmax and rows of prompts are rounded
+)
 
 Forms = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -57,7 +60,12 @@ def test_sums_of_floats_differ_by_their_order_alone(forms: Forms):
 
 
 def bound(name: str) -> float:
-    return ROUNDED if name.startswith("attention bfloat16") else NEAR
+    return ROUNDED if name.startswith("attention bfloat16") or is_rounded(name) else NEAR
+
+
+def is_rounded(name: str) -> bool:
+    """Whether this machine's kernel rounds the rows for this product."""
+    return name.startswith("bfloat16") and name.endswith("panels") and bfloat16_panels.IS_USABLE
 
 
 def test_in_each_form_a_row_has_the_same_bits_alone_in_a_batch_and_over_panels(forms: Forms):
@@ -65,7 +73,8 @@ def test_in_each_form_a_row_has_the_same_bits_alone_in_a_batch_and_over_panels(f
         whole = {name.partition(",")[0]: each for name, each in found.items() if name.endswith("40 rows")}
         assert len(whole) == 2 * len(kernel_answers.SHAPES)
         for name, each in found.items():
-            if (rows := whole.get(name.partition(",")[0])) is not None:
+            rows = whole.get(name.partition(",")[0])
+            if rows is not None and not (found is forms[0] and is_rounded(name)):
                 assert torch.equal(each, rows[: len(each)]), name
         for kind in ("float32", "bfloat16"):
             last, alone = found[f"attention {kind}, prefill"][-1:], found[f"attention {kind}, decode"]

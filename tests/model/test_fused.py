@@ -16,6 +16,7 @@ from node.model.checkpoint.architecture import ARCHITECTURES
 from node.model.checkpoint.folder import ModelFolder
 from node.model.weights import arena, decode_kernels, kernels
 from node.model.weights import low_rank_kernel as kernel
+from node.model.weights.panels import panel_kernels
 from node.model.weights.plans import Plan
 from tests.lora_fixtures import random_adapter
 from tests.model_fixtures import BLOCKS, FUSED, TINY, assert_close, saved
@@ -187,9 +188,11 @@ def test_float32_steps_of_several_tokens_go_where_they_are_fastest(folder, monke
     assert_close(answers[0][1], answers[1][1], TOLERANCE)
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_steps_of_many_rows_have_the_same_bits_over_panels(folder, quantize):
-    span = load_span(folder, 0, BLOCKS, quantize=quantize)
+@pytest.mark.parametrize(
+    ("quantize", "dtype"), [("none", torch.float32), ("int8", torch.float32), ("none", torch.bfloat16)]
+)
+def test_steps_of_many_rows_have_the_same_bits_over_panels(folder, quantize, dtype):
+    span = load_span(folder, 0, BLOCKS, quantize=quantize, dtype=dtype)
     fused = span._fused
     assert fused is not None
     hidden = torch.randn(1, 40, span.hidden_size, generator=torch.Generator().manual_seed(8))
@@ -197,7 +200,10 @@ def test_steps_of_many_rows_have_the_same_bits_over_panels(folder, quantize):
     for least in (1, 1000):
         fused._ways = fused._ways._replace(many_rows=least)
         answers.append(span.forward(hidden, span.new_cache(1, 64), 0))
-    assert torch.equal(answers[0], answers[1])
+    if fused.kept is not None and panel_kernels.is_exact(fused.kept):
+        assert torch.equal(answers[0], answers[1])
+    else:  # rows rounded to bfloat16
+        assert 0 < (answers[1] - answers[0]).norm() < 0.01 * answers[1].norm()
 
 
 def test_several_threads_change_no_bit_of_a_block():

@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from node.model.weights import kernels
-from node.model.weights.panels import integer_panels, panel_kernels
+from node.model.weights.panels import bfloat16_panels, integer_panels, panel_kernels
 
 torch.set_num_threads(1)
 
-KINDS = [torch.int8, torch.bfloat16, torch.float32]
+KINDS = [kind for kind in (torch.int8, torch.bfloat16, torch.float32) if panel_kernels.is_exact(kind)]
+SHAPES = [
+    (16, 32, 1),
+    (17, 33, 7),
+    (12, 70, 33),
+    (40, 35, 511),
+    (13, 64, 513),
+    (25, 48, 1030),
+    (12, 40, 2101),
+]
+needs_bfloat16 = pytest.mark.skipif(not bfloat16_panels.IS_USABLE, reason="no AVX-512 BF16")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -41,10 +51,7 @@ def over_panels(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | 
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(
-    ("rows", "outs", "width"),
-    [(16, 32, 1), (17, 33, 7), (12, 70, 33), (40, 35, 511), (13, 64, 513), (25, 48, 1030), (12, 40, 2101)],
-)
+@pytest.mark.parametrize(("rows", "outs", "width"), SHAPES)
 def test_a_row_has_the_bits_of_the_tiles(kind, rows, outs, width):
     weight, scale = matrix(kind, outs, width)
     assert panel_kernels.takes(weight)
@@ -52,6 +59,36 @@ def test_a_row_has_the_bits_of_the_tiles(kind, rows, outs, width):
     x[5] = 0
     for bias in (None, torch.randn(outs, generator=seeded(4))):
         assert torch.equal(over_panels(x, weight, scale, bias), kernels.Rows(weight, scale, bias)(x))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("rows", "outs", "width"), SHAPES)
+def test_rows_are_rounded_to_bfloat16_and_summed_in_float32(rows, outs, width):
+    def numbers(*shape: int) -> Tensor:  # sums of their products are exact in float32
+        return torch.randint(-64, 65, shape, generator=seeded(5)).float()
+
+    weight, bias = numbers(outs, width).bfloat16(), numbers(outs)
+    x = numbers(rows, width) + 2.0**-9  # which rounding takes away from all but the smallest numbers
+    x = torch.where(x.abs() < 2, x.bfloat16().float(), x)
+    want = x.bfloat16().double() @ weight.double().t()
+    assert torch.equal(over_panels(x, weight, None, bias).double(), want + bias)
+    assert torch.equal(over_panels(x, weight, None, None).double(), want)
+
+
+@needs_bfloat16
+def test_a_rounded_row_has_the_same_bits_in_any_number_of_rows():
+    weight, _ = matrix(torch.bfloat16, 70, 613)
+    x = torch.randn(61, 613, generator=seeded(3))
+    x[3, 5] = float("nan")
+    together = over_panels(x, weight, None, None)
+    for first, last in ((0, 12), (12, 31), (31, 61)):
+        part = over_panels(x[first:last].contiguous(), weight, None, None)
+        assert torch.equal(part.view(torch.int32), together[first:last].contiguous().view(torch.int32))
+    assert torch.isnan(together[3]).all()
+    assert int(torch.isnan(together).sum()) == 70
+    want = x.double() @ weight.double().t()
+    rest = [row for row in range(61) if row != 3]
+    assert (together[rest] - want[rest]).norm() < 2**-8 * want[rest].norm()
 
 
 def test_the_largest_numbers_do_not_overflow_and_a_row_without_numbers_leaves_others_alone():

@@ -41,7 +41,7 @@ SOURCES = (
     "weights/compiling.py", "weights/kernels.py", "weights/low_rank_kernel.py", "weights/decode_kernels.py",
     "weights/argmax_head.py", "attention/stores.py", "attention/tiles.py", "attention/decode.py",
     "attention/prefill.py", "weights/panels/panel_kernels.py", "weights/panels/integer_panels.py",
-    "weights/panels/order.py", "weights/panels/stripes.py",
+    "weights/panels/order.py", "weights/panels/stripes.py", "weights/panels/bfloat16_panels.py",
 )  # fmt: skip
 KEPT_KEYS = 16  # of 1 to 2 MB each: states of the sources and machines that share a cache
 DAY_SECONDS = 86_400.0  # a folder's last use is noted once a day

@@ -6,7 +6,8 @@ serves a CPU and CUDA.  On a CPU activations are rounded to 16 bits a row, or no
 node/model/weights/kernels.py); on CUDA bitsandbytes rounds them to int8, but for the columns with outliers.
 
 bfloat16 rows without scales take half of float32's memory and reading time, with activations in float32.  A
-CPU computes with bfloat16 in this way unless it has hardware for tiles of bfloat16.
+CPU computes with bfloat16 in this way unless it has hardware for tiles of bfloat16.  Where it has AVX-512
+BF16, rows of a prompt are rounded for the products (node/model/weights/panels/bfloat16_panels.py).
 
 "nf4" is bitsandbytes' 4 bits a weight, in blocks of 64 (QLoRA, arXiv:2305.14314).
 

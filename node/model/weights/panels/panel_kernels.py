@@ -4,11 +4,12 @@ With a few rows memory bounds a product; with many rows the CPU's arithmetic doe
 matrix are put into the order in which a tile reads them (packed, as in GotoBLAS, Goto and van de Geijn, ACM
 TOMS 34(3), 2008): for each vector of k the numbers of the tile's rows, one after the other.  The weights of
 a panel are converted to float32 once for all rows.  A block of k of the rows' numbers stays in the L1 cache,
-and the panel in the L2 cache.  Weights of 8 bits have another way (integer_panels.py).
+and the panel in the L2 cache.  Weights of 8 bits have another way (integer_panels.py), and weights of
+bfloat16 on CPUs that multiply it (bfloat16_panels.py).
 
 A tile's sums have the order of node/model/weights/kernels.py's tiles, so a row has the same bits in a step of
-any number of rows, with either code.  Between two blocks of k the partial sums of a tile's lanes lie in
-memory.
+any number of rows, with either code; `is_exact` tells of the exception.  Between two blocks of k the partial
+sums of a tile's lanes lie in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from node.model.weights import kernels
 from node.model.weights.compiling import callback
 from node.model.weights.kernels import _I8, _I16, _I32, _I64, _VECTOR, LANES, _Tile
-from node.model.weights.panels import integer_panels
+from node.model.weights.panels import bfloat16_panels, integer_panels
 from node.model.weights.panels.integer_panels import ALIGNED, _aligned
 from node.model.weights.panels.order import STRIPES
 
@@ -41,8 +42,10 @@ BLOCK_VECTORS = 128  # of k: 24 KiB of a tile's rows in AVX2, 48 KiB in AVX-512,
 PANEL_BYTES = 128 * 1024  # of converted weights: a part of the L2 cache, 512 KiB on older CPUs
 LEAST_TILES = 8  # of outputs in a panel, of long rows too: for each a block of x is read from the L1 cache
 SUMS_BYTES = ROWS * OUTS * VECTOR_BYTES
-LEAST_ROWS = max(ROWS, integer_panels.ROWS)
+LEAST_ROWS = max(ROWS, integer_panels.ROWS, bfloat16_panels.ROWS)
 MEASURED_ROWS = (128, 256)  # with weights out of memory, as a span reads them, fewer rows gain nothing
+MEASURED_ROUNDED_ROWS = (32, 64, 128, 256)
+ROUNDED_ERROR = 1 / 128  # of rows rounded to bfloat16, of the largest answer; other answers are wrong ones
 MEASURED_SHAPE = (515, 1031)  # of a matrix: outputs and k, with a rest in each tile
 NEVER = 1 << 62
 
@@ -213,6 +216,8 @@ def product_of(dtype: torch.dtype) -> Any:
     """As `kernels.product_of`, for shapes that `takes` allows: others answer 0."""
     if dtype == torch.int8 and kernels.INTEGERS:
         return integer_panels.product()
+    if not is_exact(dtype):
+        return bfloat16_panels.product()
     item = kernels._ZEROS[dtype]  # a part of the cache's key
 
     def multiply_many(
@@ -226,6 +231,14 @@ def product_of(dtype: torch.dtype) -> Any:
     return callback(multiply_many, types.int64(*[types.int64] * 10))
 
 
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether panels give the bits of the tiles.
+
+    Weights of bfloat16 do not where the CPU multiplies them with rows rounded to bfloat16.
+    """
+    return dtype != torch.bfloat16 or not bfloat16_panels.IS_USABLE
+
+
 def takes(weight: Tensor) -> bool:
     """Whether panels of this matrix [outs, k] can be multiplied with LEAST_ROWS rows and more."""
     outs, width = weight.shape
@@ -236,20 +249,22 @@ def takes(weight: Tensor) -> bool:
 def least_rows(dtype: torch.dtype) -> int:
     """From how many rows on products over panels are faster here; NEVER where they are not.
 
-    Measured once, in about 0.05 s, after the compilation.  The two ways give equal bits: on a CPU where the
-    measured products differ, panels are not used, and the log says so.  Stripes are for all numbers of rows.
+    Measured once, in about 0.05 s, after the compilation.  The two ways give equal bits, or nearly equal
+    numbers where rows are rounded: on a CPU where the measured products differ, panels are not used, and the
+    log says so.  Stripes are for all numbers of rows.
     """
     if dtype == STRIPES:
         return NEVER
+    measured = MEASURED_ROWS if is_exact(dtype) else MEASURED_ROUNDED_ROWS
     outs, width = MEASURED_SHAPE
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(outs, width, generator=generator) * 40).clamp_(-127, 127).to(dtype)
-    x, scale = torch.randn(MEASURED_ROWS[-1], width, generator=generator), torch.ones(outs)
+    x, scale = torch.randn(measured[-1], width, generator=generator), torch.ones(outs)
     answers = [torch.empty(len(x), outs) for _ in range(2)]
     addresses = kernels.product_of(dtype).address, product_of(dtype).address
     call = cast("partial[None]", kernels.kernel_for(dtype)).func
     found = NEVER
-    for rows in reversed(MEASURED_ROWS):
+    for rows in reversed(measured):
         seconds = [float("inf")] * 2
         for way in (0, 1) * 3:
             began = time.perf_counter()
@@ -258,10 +273,16 @@ def least_rows(dtype: torch.dtype) -> int:
                 0, answers[way].data_ptr(), rows, outs, width, outs, 1,
             )  # fmt: skip
             seconds[way] = min(seconds[way], time.perf_counter() - began)
-        if not torch.equal(answers[0][:rows], answers[1][:rows]):
+        if not _agree(answers[0][:rows], answers[1][:rows], exact=is_exact(dtype)):
             log.warning("products of many rows of %s weights differ on this CPU and are not used", dtype)
             return NEVER
         if seconds[1] >= seconds[0]:
             break
         found = rows
     return found
+
+
+def _agree(one: Tensor, other: Tensor, *, exact: bool) -> bool:
+    if exact:
+        return torch.equal(one, other)
+    return bool((one - other).abs().max() <= ROUNDED_ERROR * one.abs().max())
