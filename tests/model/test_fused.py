@@ -206,7 +206,8 @@ def test_steps_of_many_rows_have_the_same_bits_over_panels(folder, quantize, dty
         assert 0 < (answers[1] - answers[0]).norm() < 0.01 * answers[1].norm()
 
 
-def test_several_threads_change_no_bit_of_a_block():
+@pytest.mark.parametrize("product_of", [kernels.product_of, panel_kernels.product_of])
+def test_several_threads_change_no_bit_of_a_block(product_of):
     dtype = torch.int8
     generator = torch.Generator().manual_seed(4)
     rows, width, inner, head = 64, 512, 1024, 64
@@ -219,6 +220,8 @@ def test_several_threads_change_no_bit_of_a_block():
         for outs, ins in ((1024, width), (width, 512), (2 * inner, width), (width, inner))
     ]
     qkv_at, out_at, gate_up_at, down_at = (decode_kernels.addresses_of(*matrix) for matrix in matrices)
+    for matrix in (qkv_at, out_at, gate_up_at, down_at):
+        matrix[3] = product_of(dtype).address
     norm, empty = np.ones(width, np.float32), np.empty(0, np.float32)
     angles = torch.rand(8, head, generator=generator).numpy()
     places, slots = np.zeros(rows, np.int64), np.arange(rows)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, njit, prange, types
 from numba.extending import overload
 from torch import Tensor
 
@@ -32,6 +32,7 @@ _f = np.float32
 # The linears of a block that an adapter may add to, in the order of its table.
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _HIDDEN = "float32[:, ::1]"
+SLICE_OUTS = 32  # of the outputs: those of a panel
 
 
 def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -116,25 +117,44 @@ def _multiplied_alone(size: Any, matrix: Any, x: Any, out: Any) -> None:
         raise MemoryError
 
 
-def _multiplied(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+@njit(nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+def _multiplied_in_slices(size: Any, matrix: Any, x: Any, out: Any, slices: Any) -> None:
+    """Each slice of the outputs in a thread; a row's bits are those of one thread.
+
+    Slices begin at multiples of SLICE_OUTS; they have as many outputs at least.
+    """
+    rows, outs = out.shape
+    k, x_at, to = x.shape[1], x.ctypes.data, out.ctypes.data
+    w, scale, bias, address = matrix[0], matrix[1], matrix[2], matrix[3]
+    answers = np.empty(slices, np.int64)
+    for part in prange(slices):
+        first = part * outs // slices // SLICE_OUTS * SLICE_OUTS
+        last = (part + 1) * outs // slices // SLICE_OUTS * SLICE_OUTS if part + 1 < slices else outs
+        scale_at, bias_at = scale + first * 4 if scale else 0, bias + first * 4 if bias else 0
+        given = (
+            size, x_at, w + first * k * size, scale_at, bias_at, to + first * 4, rows, last - first, k, outs
+        )  # fmt: skip
+        answers[part] = kernels.call_at(address, given)
+    if answers.min() == 0:
+        raise MemoryError
+
+
+def _multiplied(size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
     """out [rows, outs] = x [rows, k] times a matrix (see `addresses_of`)."""
 
 
 @overload(_multiplied)  # type: ignore[untyped-decorator]
-def _multiplied_by_type(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
-    def alone(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+def _multiplied_by_type(size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+    def alone(size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
         _multiplied_alone(size, matrix, x, out)
 
-    def together(item: Any, size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
+    def together(size: Any, threads: Any, matrix: Any, x: Any, out: Any) -> Any:
         rows, outs = out.shape
         slices = kernels.compiled_slices_for(rows * outs * x.shape[1], outs, threads)
-        x_at, w, scale, bias, to = x.ctypes.data, matrix[0], matrix[1], matrix[2], out.ctypes.data
         if slices == 1:
             _multiplied_alone(size, matrix, x, out)
         else:
-            kernels.product_in_slices(
-                item, size, x_at, w, scale, bias, to, rows, outs, x.shape[1], outs, slices
-            )
+            _multiplied_in_slices(size, matrix, x, out, slices)
 
     return alone if isinstance(threads, types.NoneType) else together
 
@@ -172,9 +192,9 @@ def _projected(
     updates: Any, block: Any,
 ) -> None:  # fmt: skip
     """Queries, keys and values; how: item, size and threads of `halves`; normed: room for [rows, hidden]."""
-    item, size, threads = how
+    _, size, threads = how
     _normed(hidden, norm, eps, normed)
-    _multiplied(item, size, threads, matrix, normed, qkv)
+    _multiplied(size, threads, matrix, normed, qkv)
     queries, others = heads * store[3], store[2] * store[3]
     _updated(updates, block, 0, normed, qkv, 0, queries)
     _updated(updates, block, 1, normed, qkv, queries, others)
@@ -197,19 +217,19 @@ def _added(
     block: Any,
 ) -> None:  # fmt: skip
     """The block after attention, added to hidden; matrices: out, gate_up, down."""
-    item, size, threads = how
+    _, size, threads = how
     out, gate_up, down = matrices
     given, both, gated = scratch
     width, inner = hidden.shape[1], gated.shape[1]
-    _multiplied(item, size, threads, out, attended, given)
+    _multiplied(size, threads, out, attended, given)
     _updated(updates, block, 3, attended, given, 0, width)
     _add(given, hidden)
     _normed(hidden, norm, eps, given)
-    _multiplied(item, size, threads, gate_up, given, both)
+    _multiplied(size, threads, gate_up, given, both)
     _updated(updates, block, 4, given, both, 0, inner)
     _updated(updates, block, 5, given, both, inner, inner)
     _gated(both, gated)
-    _multiplied(item, size, threads, down, gated, given)
+    _multiplied(size, threads, down, gated, given)
     _updated(updates, block, 6, gated, given, 0, width)
     _add(given, hidden)
 
@@ -224,7 +244,7 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
     after(item, size, threads, out, norm, eps, gate_up, down, inner, attended, hidden, updates, block): the
     product after attention, norm, gated MLP (SwiGLU, arXiv:2002.05202), both added to hidden.
 
-    together: whether for several threads, else `threads` is None and one function serves all dtypes.
+    together: whether for several threads, else `threads` is None.  One function serves all dtypes.
     item, size: 0 and the bytes of a weight.  matrix, out, gate_up, down: see `addresses_of`.
     inner: outputs of the gate.  hidden: [rows, hidden_size].  qkv: [rows, (heads + 2 * key_heads) *
     head_dim].  attended: [rows, heads * head_dim].  store: see `place_of` in fused_block.py.
@@ -253,7 +273,7 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
             (item, size, threads), (out, gate_up, down), norm, eps, attended, hidden, scratch, updates, block
         )
 
-    item, threads = (kernels.ITEMS[dtype], "int64") if together else (types.int64, "none")
+    threads = "int64" if together else "none"
     matrix, vector, integers = "int64[::1]", "float32[::1]", "int64[::1]"
     of_before = (
         f"{matrix}, {vector}, float32, {_HIDDEN}, {_HIDDEN}, int64, {integers}, {integers},"
@@ -261,11 +281,11 @@ def halves(dtype: torch.dtype, *, together: bool) -> tuple[Callable[..., None], 
         " int64, int64"
     )
     of_after = f"{matrix}, {vector}, float32, {matrix}, {matrix}, int64, {_HIDDEN}, {_HIDDEN}, int64, int64"
-    return _for(item, threads, before, of_before), _for(item, threads, after, of_after)
+    return _for(threads, before, of_before), _for(threads, after, of_after)
 
 
-def _for(item: Any, threads: str, function: Callable[..., None], arguments: str) -> Callable[..., None]:
-    return _compiled(f"void({item}, int64, {threads}, {arguments})")(function)
+def _for(threads: str, function: Callable[..., None], arguments: str) -> Callable[..., None]:
+    return _compiled(f"void(int64, int64, {threads}, {arguments})")(function)
 
 
 @njit(nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]

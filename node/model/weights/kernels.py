@@ -744,8 +744,6 @@ def _in_slices(
     _hold(memory)
 
 
-product_in_slices = njit(nogil=True, parallel=True, fastmath=False)(_in_slices)  # for other compiled code
-
 ITEMS = {
     torch.int8: types.int8,
     STRIPES: types.uint8,
