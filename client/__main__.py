@@ -185,6 +185,11 @@ def _add_options(parser: Parser, tokens: int | None) -> None:
     )
     _add_sampling(parser)
     parser.add_argument(
+        "--speculate", metavar="HOW",
+        help="guess tokens, for speed alone: auto, lookup, off, or the folder or name of a small model with"
+        " the same tokenizer (default: off)",
+    )  # fmt: skip
+    parser.add_argument(
         "--wait", type=seconds, default=30.0, metavar="SECONDS", help="for a complete swarm (default: 30)"
     )
     parser.add_argument(

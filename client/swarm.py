@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from client.monitor.watching import Watching
     from client.session.session import Session
     from client.session.trace import Trace
+    from client.speculation.speculators import Speculators
     from node.model.checkpoint.info import ModelInfo
     from node.model.embed_and_head import EmbedAndHead
     from node.network.directory.directory import Directory
@@ -82,14 +83,23 @@ class Swarm:
     _lengths: SessionLengths = field(init=False)
     _stateless: ForwardBackward = field(init=False)
     _watching: Watching = field(init=False)
+    speculators: Speculators = field(init=False)
 
     def __post_init__(self) -> None:
         from client.adapters.upload import AdapterUploads
         from client.chains.chain_choice import find_run
         from client.forward_backward import ForwardBackward
         from client.monitor.watching import Watching
+        from client.speculation.speculators import Speculators
 
         config = self.config
+        self.speculators = Speculators(
+            lambda: self.local_model.tokenizer,
+            self.info.vocab_size,
+            self.info.name,
+            self._compute,
+            partial(_folder_of, config),
+        )
         self._watching = Watching(self._directory, self._nursery, always=config.monitor)
         self._uploads = AdapterUploads(
             config.limits, self.info, partial(self.routes.open_stream, protocol=ADAPTER_PROTOCOL)
@@ -227,7 +237,8 @@ class Swarm:
             check_room(length, what, conversation.max_length)
         given = conversation or self.conversation(length, adapter=adapter, trace=trace)
         ends = cast("EmbedAndHead", given.local_model)  # of this swarm, with the adapter of the conversation
-        generation: Generation = Generation(ends, given, settings)
+        speculation = self.speculators.speculation(settings.speculate)
+        generation: Generation = Generation(ends, given, settings, speculation=speculation)
         return generation.run(ids, close=conversation is None)
 
     def settings(
@@ -655,6 +666,22 @@ def _step_tokens(config: ClientConfig, info: ModelInfo) -> int:
     """Tokens that servers must take in one step; 0 where this client keeps to the usual bound."""
     own, usual = (limits.step_tokens(4 * info.hidden_size) for limits in (config.limits, Limits()))
     return max(config.constraints.step_tokens, own if own > usual else 0)
+
+
+def _folder_of(config: ClientConfig, named: str) -> Path:
+    """Runs in a thread: the folder of another model, fetched where it is not there.  Raises ConfigError."""
+    from node.model.checkpoint.progress import progress_bar
+    from node.model.checkpoint.source import cache_dir, resolve
+
+    with progress_bar(sys.stderr) as progress:
+        folder = resolve(
+            named,
+            cache_dir=config.cache_dir or cache_dir(),
+            progress=progress,
+            max_disk_bytes=config.max_disk_bytes,
+        )
+        folder.need({entry.file for entry in folder.tensors.values()})
+    return folder.path
 
 
 def _load_model(config: ClientConfig) -> tuple[ModelInfo, EmbedAndHead, GenerationDefaults]:

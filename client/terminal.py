@@ -299,6 +299,7 @@ def options_of_flags(flags: argparse.Namespace) -> GenerateOptions:
         top_logprobs=getattr(flags, "top_logprobs", None),
         seed=flags.seed,
         generation_config=False if flags.no_generation_config else None,
+        speculate=flags.speculate,
     )
 
 

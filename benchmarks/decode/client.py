@@ -75,7 +75,9 @@ async def serve_lines(flags: argparse.Namespace) -> None:
                 print(json.dumps({**await answer(swarm, question, own), "own": own.take()}), flush=True)
                 continue
             if question["step"] == 0:  # one token at a time, in turn with the reference's
-                tokens = swarm.generate(question["ids"], max_new_tokens=question["tokens"], temperature=0)
+                tokens = swarm.generate(
+                    question["ids"], max_new_tokens=question["tokens"], temperature=0, speculate="off"
+                )
             assert tokens is not None
             began = time.perf_counter()
             token = await anext(tokens)
@@ -93,8 +95,10 @@ async def answer(swarm: Swarm, question: dict[str, Any], own: OwnTime) -> dict[s
     began = time.perf_counter()
 
     async def one(index: int) -> None:
-        tell = bool(question.get("tell"))
-        results[index] = await generate(swarm, prompts[index], question["tokens"], own, tell=tell)
+        tell, speculate = bool(question.get("tell")), question.get("speculate", "off")
+        results[index] = await generate(
+            swarm, prompts[index], question["tokens"], own, speculate=speculate, tell=tell
+        )
 
     async with trio.open_nursery() as nursery:
         for index in range(len(prompts)):
@@ -108,11 +112,18 @@ async def answer(swarm: Swarm, question: dict[str, Any], own: OwnTime) -> dict[s
 
 
 async def generate(
-    swarm: Swarm, ids: list[int], tokens: int, own: OwnTime, *, tell: bool = False
+    swarm: Swarm,
+    ids: list[int],
+    tokens: int,
+    own: OwnTime,
+    *,
+    speculate: str = "off",
+    tell: bool = False,
 ) -> dict[str, Any]:
     """Generate greedily; the token ids, the seconds of each, and their part outside the hops' computing.
 
     hop_seconds: of each token, from the client's socket back to it, less the hops' computing, for each hop.
+    speculate: the option of that name.
     tell: print the peers of the chain with each token, so that somebody may kill one of them.
     """
     seconds: list[float] = []
@@ -121,7 +132,9 @@ async def generate(
     found: list[int] = []
     text = ""
     conversation = swarm.conversation(len(ids) + tokens)
-    async for token in swarm.generate(ids, max_new_tokens=tokens, temperature=0, conversation=conversation):
+    async for token in swarm.generate(
+        ids, max_new_tokens=tokens, temperature=0, conversation=conversation, speculate=speculate
+    ):
         seconds.append(token.seconds)
         found.append(token.id)
         text += token.text

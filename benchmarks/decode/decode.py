@@ -9,6 +9,10 @@ by token in turn with our code in one process (`side_by_side`).
 With --clients all generations of a round begin at once, from one process, each with a prompt of its
 own.  The library answers each of these prompts once before the rounds, for the comparison of the tokens.
 With --quantize the tokens may differ, since the library stays in --dtype.
+
+With --speculate each round is followed by one with guessed tokens; `gain` is the ratio of their times from
+the first token on, round by round, and `speculate_equal` says whether the tokens are those of the rounds
+without.  All other figures are of the rounds without.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 
 from benchmarks.lib.processes import LocalSwarm, Worker, equal_spans, local_swarm
 from benchmarks.lib.results import Run
+from benchmarks.lib.texts import TEXTS, text_of
 from node.config import ConfigError
 from node.model.checkpoint.info import read_info
 from node.model.checkpoint.source import cache_dir, resolve
@@ -80,6 +85,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--servers", type=int, default=1, help="nodes, with equal spans (%(default)s)")
     parser.add_argument("--clients", type=int, default=1, help="generations at a time (%(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--text", choices=sorted(TEXTS), help="the prompts, in place of a tale's beginning")
+    parser.add_argument("--speculate", default="off", help="next to rounds without (default: off)")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a generation (%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quantize", default="none", choices=("none", "int8", "nf4"), help="of the nodes")
@@ -94,15 +101,22 @@ def measure(
     flags: argparse.Namespace, swarm: LocalSwarm, client: Worker, reference: Worker
 ) -> dict[str, Any]:
     """Alternate rounds of the swarm and of the reference; all reported figures."""
-    prompts = prompts_of(client, flags.clients, flags.prompt_tokens)
+    if flags.text is None:
+        prompts = prompts_of(client, flags.clients, flags.prompt_tokens)
+    else:
+        texts = [text_of(flags.text, number) for number in range(flags.clients)]
+        prompts = [client.ask({"text": text})["ids"] for text in texts]
     expected = [reference.ask({"ids": ids, "tokens": flags.tokens})["tokens"] for ids in prompts]
     single = {"ids": prompts[0], "tokens": flags.tokens}
-    rounds, alone = [], []
+    rounds, alone, guessed = [], [], []
     for number in range(flags.rounds + 1):
         alone.append(reference.ask(single))
         cpu = sum(node.cpu_seconds() for node in swarm.nodes)
         rounds.append(client.ask({"prompts": prompts, "tokens": flags.tokens}))
         rounds[-1]["server_cpu_seconds"] = sum(node.cpu_seconds() for node in swarm.nodes) - cpu
+        if flags.speculate != "off":
+            question = {"prompts": prompts, "tokens": flags.tokens, "speculate": flags.speculate}
+            guessed.append(client.ask(question))
         print(f"round {number + 1} of {flags.rounds + 1}", file=sys.stderr)
     shares = [
         equal_share(generation["tokens"], wanted)
@@ -162,6 +176,27 @@ def measure(
         "torch_rss_mib": torch_rss_mib(),
         "start_s": swarm.nodes[0].online_seconds,
         "start_s_all": [node.online_seconds for node in swarm.nodes],
+        **({"speculate": flags.speculate, "text": flags.text} if guessed else {}),
+        **(speculation_figures(rounds[1:], guessed[1:]) if guessed else {}),
+    }
+
+
+def speculation_figures(
+    plain: Sequence[dict[str, Any]], guessed: Sequence[dict[str, Any]]
+) -> dict[str, object]:
+    """Of rounds without and with guessed tokens, in pairs; the times of several clients are added up."""
+    times = [
+        [sum(sum(one["seconds"][1:]) for one in each["generations"]) for each in rounds]
+        for rounds in (plain, guessed)
+    ]
+    tokens = [[one["tokens"] for one in each["generations"]] for each in (*plain, *guessed)]
+    return {
+        "gain": statistics.median(before / after for before, after in zip(*times, strict=True)),
+        "speculate_equal": all(each == tokens[0] for each in tokens),
+        "speculate_tokens_per_s": sum(len(one) for one in tokens[0])
+        / statistics.median(each["wall_seconds"] for each in guessed),
+        "plain_tokens_per_s": sum(len(one) for one in tokens[0])
+        / statistics.median(each["wall_seconds"] for each in plain),
     }
 
 

@@ -41,6 +41,7 @@ BLOCKS: Mapping[str, Callable[[Figures], str]] = {
     "wan": network.wan_block,
     "wan-codecs": network.wan_codecs_block,
     "wan-bulk": network.wan_bulk_block,
+    "wan-speculate": network.wan_speculate_block,
     "wire": network.wire_block,
     "wire-line": network.wire_line_block,
     "reach": network.reach_block,

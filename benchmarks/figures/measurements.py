@@ -99,6 +99,13 @@ LONG: Mapping[str, Sequence[str]] = {
         for blocks in (None, "3")
     },
     "wan-bulk": ["wan", "--rtt-ms", "20", "--mbit", "10", "--servers", "2", "--bulk"],
+    **{
+        f"wan-{text}-{rtt}": [
+            "wan", "--rtt-ms", rtt, "--text", text, "--speculate", "auto", "--tokens", "64", "--rounds", "2",
+        ]
+        for text in ("code", "summary", "story")
+        for rtt in ("0", "100")
+    },
     "wire-rtt40": ["wire", "--rtt-ms", "40"],
     "wire-rtt160": ["wire", "--rtt-ms", "160"],
     "wire-rtt160-reno": ["wire", "--rtt-ms", "160", "--control", "reno"],

@@ -3,6 +3,7 @@
     python -m benchmarks wan                                    # three sorts of link, as a table
     python -m benchmarks wan --rtt-ms 100 --mbit 100 --servers 3
     python -m benchmarks wan --rtt-ms 100 --mbit 10 --servers 3 --codec fast    # int8o over slow links
+    python -m benchmarks wan --rtt-ms 100 --text code --speculate auto --tokens 96    # guessed tokens
 
 Real processes; every connection between them goes through a link (tests/fault_link.py) with half the
 round trip as its delay each way, and the benchmark fails if one does not.  All connections to a node
@@ -11,6 +12,9 @@ share its link, in each direction.
 The limit comes from the run itself.  A step passes `servers + 1` links, each with its delay and the time of
 its bytes at the rate.  Every hop and the client's ends compute it, one after another.  The limit contains
 nothing else.  The rows without delay, with and without the proxy, show the proxy's own time.
+
+With --speculate each round is followed by one with guessed tokens; `gain` is the ratio of their decode times,
+round by round.  All other figures are of the rounds without.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import psutil
 from benchmarks.decode.decode import prompts_of
 from benchmarks.lib.processes import LocalSwarm, ProcessError, Worker, equal_spans, free_port, local_swarm
 from benchmarks.lib.results import Run
+from benchmarks.lib.texts import TEXTS, text_of
 from benchmarks.network.first_blocks import write_first_blocks
 from node.config import ConfigError
 from node.model.checkpoint.info import read_info
@@ -96,7 +101,7 @@ def run_rows(flags: argparse.Namespace, run: Run) -> int:
     results = []
     for links in rows:
         with wan(flags, spans, links) as (nodes, clients):
-            (ids,) = prompts_of(clients[0], 1, flags.prompt_tokens)
+            ids = prompt_of(clients[0], flags)
             if expected is None:
                 expected = tokens_of_the_whole_model(flags, ids)
             results.append(measure(flags, links, clients, ids, expected))
@@ -118,6 +123,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mbit", type=float, help="a second, of every link each way (default: no bound)")
     parser.add_argument("--servers", type=int, default=3, help="nodes, with equal spans (%(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument(
+        "--text", choices=sorted(TEXTS), help="a prompt of this kind, in place of a long tale"
+    )
+    parser.add_argument(
+        "--speculate", default="off", help="next to rounds without: auto, lookup, or a model (default: off)"
+    )
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a generation (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="generations that count (%(default)s)")
     parser.add_argument(
@@ -204,6 +215,13 @@ def tokens_of_the_whole_model(flags: argparse.Namespace, ids: Sequence[int]) -> 
         return list(reference.ask({"ids": ids, "tokens": flags.tokens})["tokens"])
 
 
+def prompt_of(client: Worker, flags: argparse.Namespace) -> list[int]:
+    """The tokens of --text, or of as much of the tale as --prompt-tokens says."""
+    if flags.text is not None:
+        return list(client.ask({"text": text_of(flags.text)})["ids"])
+    return prompts_of(client, 1, flags.prompt_tokens)[0]
+
+
 def measure(
     flags: argparse.Namespace,
     links: Links,
@@ -213,7 +231,11 @@ def measure(
 ) -> dict[str, Any]:
     """One row: rounds of one client, with --bulk also next to a second one; the first round warms up."""
     question = {"ids": ids, "tokens": flags.tokens}
-    rounds = [clients[0].ask(question) for _ in range(flags.rounds + 1)]
+    rounds, guessed = [], []
+    for _ in range(flags.rounds + 1):
+        rounds.append(clients[0].ask(question))
+        if flags.speculate != "off":
+            guessed.append(clients[0].ask(question | {"speculate": flags.speculate}))
     step_bytes = rounds[-1]["row_bytes"]
     result = {
         "servers": flags.servers,
@@ -221,7 +243,10 @@ def measure(
         "mbit": links.mbit,
         "proxied": links.proxied,
         "prompt_tokens": len(ids),
-        "tokens_equal": all([token["id"] for token in each["tokens"]] == expected for each in rounds),
+        "text": flags.text,
+        "tokens_equal": all(
+            [token["id"] for token in each["tokens"]] == expected for each in rounds + guessed
+        ),
         "codec": flags.codec,
         "session_codec": rounds[-1]["codec"],
         "token_bytes": sum(step_bytes),
@@ -229,6 +254,8 @@ def measure(
         "prefill_limit_s": prefill_limit(rounds[-1]["prompt_row_bytes"], links, len(ids)),
         **prefill_figures(rounds[1:], links, flags.servers, len(ids)),
     }
+    if guessed:
+        result |= {"speculate": flags.speculate, **speculation_figures(rounds[1:], guessed[1:])}
     if flags.bulk:
         clients[1].ask({"bulk": ids})
         beside = [clients[0].ask(question) for _ in range(flags.rounds)]
@@ -301,6 +328,27 @@ def prefill_figures(
         "prefill_slowest_hop_s": statistics.median(slowest),
         "prefill_ratio": statistics.median(ratios),
         "prefill_steps": len(firsts[0]["hops"]),
+    }
+
+
+def speculation_figures(
+    plain: Sequence[Mapping[str, Any]], guessed: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Of rounds without and with guessed tokens, in pairs: medians over the pairs.
+
+    gain: ratio of the times from the first token on.  tokens_per_step: with guesses.
+    """
+    seconds = [
+        [sum(token["seconds"] for token in each["tokens"][1:]) for each in rounds]
+        for rounds in (plain, guessed)
+    ]
+    tokens = len(plain[0]["tokens"]) - 1
+    steps = sum(len(token["hops"]) for each in guessed for token in each["tokens"][1:])
+    return {
+        "gain": statistics.median(before / after for before, after in zip(*seconds, strict=True)),
+        "plain_tokens_per_s": tokens / statistics.median(seconds[0]),
+        "speculate_tokens_per_s": tokens / statistics.median(seconds[1]),
+        "tokens_per_step": tokens * len(guessed) / steps,
     }
 
 

@@ -39,7 +39,8 @@ async def serve_lines(flags: argparse.Namespace) -> None:
             elif "bulk" in question:
                 await bulk(swarm, question["bulk"])
             else:
-                say(await generate(swarm, question["ids"], question["tokens"]))
+                speculate = question.get("speculate", "off")
+                say(await generate(swarm, question["ids"], question["tokens"], speculate))
 
 
 def say(answer: object) -> None:
@@ -73,9 +74,11 @@ async def bulk(swarm: Swarm, ids: list[int]) -> None:
     say({"tokens": done, "seconds": time.perf_counter() - began})
 
 
-async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
+async def generate(swarm: Swarm, ids: list[int], tokens: int, speculate: str) -> dict[str, Any]:
     """Greedy, in a new session: the tokens, and for each token the parts of its time.
 
+    speculate: the option of that name; then several tokens may come out of one step, and all but the first
+    of them have no `hops`.
     open_seconds: of the first token's, until the session was open.  codec: of the session.  row_bytes: of a
     token on each link, from the client on; prompt_row_bytes: of one of a prompt's.  For each token
     its `seconds`, `ends` (embedding and head), `network` (of its last step, no hop holding it) and `hops`:
@@ -86,7 +89,7 @@ async def generate(swarm: Swarm, ids: list[int], tokens: int) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     try:
         async for token in swarm.generate(
-            ids, max_new_tokens=tokens, temperature=0, conversation=conversation
+            ids, max_new_tokens=tokens, temperature=0, conversation=conversation, speculate=speculate
         ):
             found.append({"id": token.id, "seconds": token.seconds, **watch.take()})
         assert conversation.session is not None

@@ -266,11 +266,11 @@ class Running:
         reuse = Reuse(min(common_length(kept.tokens, prompt.ids), len(prompt.ids) - 1))
         kept.conversation.trace.listen(reuse.take)
         try:
+            # The page and the traces of requests tell a step for each token.
+            arguments: GenerateArguments = {"max_new_tokens": prompt.max_new_tokens, "speculate": "off"}
             try:
                 generated = self.swarm.generate(
-                    prompt.ids,
-                    conversation=kept.conversation,
-                    **(prompt.arguments | {"max_new_tokens": prompt.max_new_tokens}),
+                    prompt.ids, conversation=kept.conversation, **(prompt.arguments | arguments)
                 )
             except ValueError as error:
                 raise invalid(str(error)) from None

@@ -93,6 +93,18 @@ def processors(name: str, value: Any) -> tuple[Callable[[Any, Any], Any], ...]: 
     return tuple(found)
 
 
+def speculate(name: str, value: Any) -> Any:
+    """A word, a name, or a model of transformers.  Raises ValueError."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, str) or not (callable(value) and hasattr(value, "config")):
+        raise ValueError(
+            f"{name} is {shown(value)}: auto, lookup, off, a causal language model of transformers, or its"
+            " folder or name is allowed"
+        )
+    return value
+
+
 def stop_strings(name: str, value: Any) -> tuple[str, ...]:
     """None, a string, or a list of them.  Raises ValueError."""
     items = [value] if isinstance(value, str) else [] if value is None else items_of(value)

@@ -13,6 +13,7 @@ from client.generation.conversation import Conversation
 from client.generation.generation_config import Settings
 from client.generation.sampling import Choice, Sampler
 from client.generation.text import TextStream
+from client.speculation.speculation import Speculation
 
 FinishReason = Literal["length", "end", "stop"]
 
@@ -58,6 +59,7 @@ class Generation:
     conversation: Conversation
     settings: Settings
     generator: Generator | None = None  # of random numbers, in place of the options' seed
+    speculation: Speculation | None = None  # guesses tokens; the tokens are the same without
     _tokens: list[int] = field(default_factory=list)
     _left: int = 0  # tokens that may come after the next one
     _piece: str | None = None  # of the text, where it was made before the next step was sent
@@ -88,10 +90,15 @@ class Generation:
             return sampler.choose(logits, self._tokens)
 
         def follow(choice: Choice) -> int | None:
+            if self.speculation is not None:
+                self.speculation.see(choice.token, room=self._left)
             return choice.token if self._goes_on(text, choice.token) else None
 
         try:
             began = time.perf_counter()
+            if self.speculation is not None:
+                ends = self._end_ids | set(self.settings.options.stop_token_ids or ())
+                await self.speculation.begin(prompt, ends)
             for left in range(self.settings.max_new_tokens - 1, -1, -1):
                 self._left = left
                 choice = await self.conversation.logits_after(
@@ -100,6 +107,7 @@ class Generation:
                     best=Choice if self.settings.options.best_only else None,
                     prompt=len(prompt),
                     follow=follow,
+                    drafting=self.speculation,
                 )
                 token, logprob, top = choice
                 self._tokens.append(token)
@@ -110,6 +118,9 @@ class Generation:
                     return
                 began = now
         finally:
+            if self.speculation is not None:
+                self.speculation.end()
+                self.conversation.keep(self._tokens)
             if close:
                 self.conversation.close()
 

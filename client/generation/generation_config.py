@@ -16,6 +16,7 @@ from node.runtime.values import shown, switch
 FILE = "generation_config.json"
 DEFAULT_TOP_K = 50  # of transformers, where it samples without a top_k
 DEFAULT_NEW_TOKENS = 64  # transformers' own 20 are few
+DEFAULT_SPECULATE = "off"
 
 # Only where tokens are drawn.
 _WARPERS = frozenset(
@@ -105,6 +106,7 @@ class Settings:
 
     from_file: the names of the options that the file decided.
     eos_ids: tokens that end the text; None: the model's own.
+    speculate: see `GenerateOptions`.
     """
 
     options: SamplingOptions
@@ -112,6 +114,7 @@ class Settings:
     stop: tuple[str, ...]
     from_file: tuple[str, ...]
     eos_ids: frozenset[int] | None = None
+    speculate: Any = None  # Any: a model of transformers is untyped
 
     def as_dict(self) -> dict[str, Any]:  # Any: JSON
         """For people and programs: the options in force, without options that are off."""
@@ -220,6 +223,7 @@ def settle(
         asked.stop or defaults.stop,
         tuple(from_file),
         None if asked.generation_config in (None, False) else defaults.eos_ids,
+        DEFAULT_SPECULATE if asked.speculate is None else asked.speculate,
     )
 
 

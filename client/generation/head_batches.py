@@ -121,6 +121,15 @@ class HeadBatches:
                 self._settle()
         return request.answer.unwrap()
 
+    async def bests(self, hidden: Tensor) -> list[int] | None:
+        """The place of the largest logit after each position of float32 [1, tokens, hidden].
+
+        None where each position is to be asked for by itself: its logits could differ in a batch.
+        """
+        if not self._local_model.finds_best:
+            return None
+        return await self._compute.run(self._local_model.bests_of, hidden[0, :, None])
+
     async def _have_computed(self) -> None:
         """Have one batch computed, of those who wait by then, and wake them."""
         self._is_computing = True

@@ -61,6 +61,7 @@ class GenerateArguments(TypedDict, total=False):
     top_logprobs: SupportsIndex | None
     logits_processor: Callable[[Any, Any], Any] | Iterable[Callable[[Any, Any], Any]] | None  # Any: tensors
     seed: SupportsIndex | None
+    speculate: Any  # a word, a model of transformers, which is untyped, or its folder or name
 
 
 def _by(check: Callable[[str, Any], Any]) -> dict[str, Any]:  # Any: the option's value
@@ -223,6 +224,11 @@ class GenerateOptions(SamplingOptions):
       logprobs, top_logprobs (how many): fill `Token.logprob` and `Token.top_logprobs`: of the
       model's own distribution, before any of the above (vLLM's "raw_logprobs").
       seed: the same seed gives the same tokens.
+    Speed alone, for the tokens are the same:
+      speculate: guess tokens, and have the servers check several in one step.  "auto" looks them up in
+      the text so far, where that pays; "lookup" does so always, and says in the log where it cannot; "off"
+      guesses none; a causal language model of transformers with the swarm's tokenizer, or its folder or
+      name, guesses them at this client.  Default: "off".
 
     Raises ValueError, in one line, for a value of another kind or outside its range.
     """
@@ -232,6 +238,7 @@ class GenerateOptions(SamplingOptions):
     do_sample: bool | None = field(default=None, metadata=_by(switch))
     bad_words: Words | None = field(default=None, metadata=_by(checks.words))
     generation_config: Any = field(default=None, metadata=_by(_as_it_is))  # it needs the model's vocabulary
+    speculate: Any = field(default=None, metadata=_by(checks.speculate))
 
 
 OPTION_NAMES = frozenset(one.name for one in fields(GenerateOptions))

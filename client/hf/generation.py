@@ -15,7 +15,7 @@ from client.adapters.prompts import Prompts
 from client.hf.access import SwarmAccess
 from client.hf.blocks import RemoteSequential
 from client.hf.cache import CURRENT, RemoteCache
-from client.hf.native import NativeRun, one_prompt, settings_for
+from client.hf.native import NativeRun, is_drafter, one_prompt, settings_for
 
 if TYPE_CHECKING:
     from client.hf.blocks import InferenceSession
@@ -109,11 +109,14 @@ class RemoteGeneration:
         cache = given.get("past_key_values")
         if given.pop("stopping_criteria", None) or not self._is_plain(cache):
             return None
-        for name in ("assistant_model", "prefix_allowed_tokens_fn", "custom_generate", "synced_gpus",
+        assistant = given.pop("assistant_model", None)
+        for name in ("assistant_tokenizer", "prefix_allowed_tokens_fn", "custom_generate", "synced_gpus",
                      "negative_prompt_ids", "negative_prompt_attention_mask", "tokenizer"):  # fmt: skip
             if given.pop(name, None):
                 return None
         model = cast(Any, self)
+        if assistant is not None and not is_drafter(assistant, model.config.vocab_size):
+            return None
         config, others = model._prepare_generation_config(generation_config, **given)
         if inputs is not None:
             others["input_ids"] = inputs
@@ -129,6 +132,7 @@ class RemoteGeneration:
             new_tokens=new,
             vocabulary=model.config.vocab_size,
             logits_processor=list(processors) if processors else None,
+            assistant=assistant,
         )
         if settings is None:
             return None

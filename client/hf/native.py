@@ -34,7 +34,6 @@ _LIBRARY = (
     "stop_strings",
     "token_healing",
     "watermarking_config",
-    "prompt_lookup_num_tokens",
     "assistant_early_exit",
     "constraints",
     "force_words_ids",
@@ -52,8 +51,16 @@ def settings_for(
     new_tokens: int,
     vocabulary: int,
     logits_processor: Any = None,  # Any: a caller's
+    assistant: Any = None,  # Any: a model of the library
 ) -> Settings | None:
-    """The settings of the client's own loop for a call's final config; None where the library's must run."""
+    """The settings of the client's own loop for a call's final config; None where the library's must run.
+
+    assistant: `assistant_model`.  It and `prompt_lookup_num_tokens` are for speed alone where the likeliest
+    tokens are taken; the library's loop draws other numbers with them than without.
+    """
+    is_assisted = assistant is not None or bool(config.prompt_lookup_num_tokens)
+    if is_assisted and (config.do_sample or config.assistant_ensemble_weight is not None):
+        return None
     if config.num_beams not in (None, 1) or config.num_return_sequences not in (None, 1):
         return None
     if config.use_cache is False or any(getattr(config, name, None) for name in _LIBRARY):
@@ -66,6 +73,7 @@ def settings_for(
                 max_new_tokens=new_tokens,
                 generation_config=config,
                 logits_processor=logits_processor or None,
+                speculate="lookup" if is_assisted and assistant is None else assistant,
             ),
             GenerationDefaults(),
             tokenizer=None,
@@ -122,10 +130,24 @@ class NativeRun:
     def _tokens(self, conversation: Any, ids: list[int]) -> AsyncGenerator[Token, None]:
         from client.generation.generate import Generation
 
+        swarm = self._swarm.swarm
         generation = Generation(
-            self._swarm.swarm.local_model, conversation, self._settings, generator=torch.default_generator
+            swarm.local_model,
+            conversation,
+            self._settings,
+            generator=torch.default_generator,
+            speculation=swarm.speculators.speculation(self._settings.speculate),
         )
         return generation.run(ids, close=False)
+
+
+def is_drafter(model: Any, vocabulary: int) -> bool:  # Any: a caller's
+    """Whether the client's own loop can have an `assistant_model` guess tokens."""
+    config = getattr(model, "config", None)
+    own = getattr(config, "vocab_size", None)
+    # A model in a swarm would wait for the thread that calls it.
+    is_unfit = getattr(config, "is_encoder_decoder", False) or hasattr(model, "swarm")
+    return own == vocabulary and not is_unfit
 
 
 def one_prompt(inputs: Mapping[str, Any]) -> list[int] | None:

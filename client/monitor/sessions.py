@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from client.session.core import State
+from client.session.core import FEW_TOKENS, State
 from client.session.trace import Event, Trace
 from routing.chains.hops import Hop
 from routing.names import PeerId
@@ -38,7 +38,7 @@ class SessionStatus:
     """One live session.
 
     id: of this process, for its pages and logs.  length: positions in the hops' caches.
-    tokens_per_second: of the last RATE_STEPS steps with one token, 0 before them.
+    tokens_per_second: of the last RATE_STEPS steps that decoded, guesses besides or not; 0 before them.
     recoveries: changes of the route after the opening.
     """
 
@@ -60,7 +60,7 @@ def session_status(name: str, state: State, hops: Iterable[Hop], length: int, tr
         _STATES.get(state, "recovering"),
         last,
         length,
-        steps_per_second([event for event in steps if event.data["tokens"] == 1][:RATE_STEPS]),
+        tokens_per_second([event for event in steps if _decodes(event.data)][:RATE_STEPS]),
         trace.counts["rerouted"],
     )
 
@@ -76,8 +76,14 @@ def hop_times(hops: Iterable[Hop], step: Mapping[str, Any] | None) -> tuple[HopT
     )
 
 
-def steps_per_second(newest: list[Event]) -> float:
-    """The rate of steps, the newest first; 0 of fewer than two."""
+def tokens_per_second(newest: list[Event]) -> float:
+    """The rate of tokens by the positions of these steps, the newest first; 0 of fewer than two."""
     if len(newest) < 2 or newest[0].at <= newest[-1].at:
         return 0.0
-    return (len(newest) - 1) / (newest[0].at - newest[-1].at)
+    tokens: int = newest[0].data["position"] - newest[-1].data["position"]
+    return max(0, tokens) / (newest[0].at - newest[-1].at)
+
+
+def _decodes(step: Mapping[str, Any]) -> bool:  # Any: JSON
+    """Whether a step computed the next token, and guesses at most besides."""
+    return bool(step["position"] and step["tokens"] <= FEW_TOKENS)

@@ -68,6 +68,9 @@ from tensor_codec.messages.fields import Failed
 from tensor_codec.messages.session import Result
 
 BULK_BYTES = 16 * 1024  # a step with more takes a stream of its own from hop to hop
+# Steps of a few tokens, of which all but one are guessed, alternate with single tokens: a stream of their own
+# would be opened and closed all the time.  At most so many bytes stand in front of others' single tokens.
+FEW_TOKENS, FEW_BYTES = 16, 64 * 1024
 
 
 class State(enum.Enum):
@@ -187,7 +190,8 @@ class ClientSession:
 
         packed: see `Pending`.
         """
-        bulk = what.tokens * self.route.contracts.current.row_bytes > BULK_BYTES
+        most = FEW_BYTES if what.position and what.tokens <= FEW_TOKENS else BULK_BYTES
+        bulk = what.tokens * self.route.contracts.current.row_bytes > most
         pending = self.steps.add(what, body, bulk, now, packed)
         return pending, self._send(pending, now) if self.state is State.SOUND else None
 
@@ -416,8 +420,8 @@ class ClientSession:
 
 
 def is_undisturbed(session: ClientSession, position: int, now: float) -> bool:
-    """Whether a step from `position` on, the end of the caches, can be sent with nothing to do before."""
-    if session.state is not State.SOUND or session.steps.pending or position != session.steps.length:
+    """Whether a step from `position` on can be sent with nothing to do before, but for a cut."""
+    if session.state is not State.SOUND or session.steps.pending or position > session.steps.length:
         return False
     if session.route.refilling or any(hop.leaving for hop in session.route.hops):
         return False

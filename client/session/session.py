@@ -277,19 +277,22 @@ class Session:
             self._journal.reorder(position, self.core.steps.next_step, order)
         return await self._send(StepRange(position, tokens, reply, rope_length, order), body)
 
-    async def send_ahead(self, body: Buffer | PackedBody, position: int) -> bool:
-        """Send a step of one position, the next one, before anybody asks for its answer; whether it was sent.
+    async def send_ahead(self, body: Buffer | PackedBody, position: int, tokens: int = 1) -> bool:
+        """Send a step of a few positions before anybody asks for its answer; whether it was sent.
 
         It is not where something has to be done before, for which `submit` waits: a repair, a move, or a full
-        stream.  `take` of `ahead` gives its answer; a `submit` before that drops the answer, and the position
-        stays in the caches.
+        stream.  `take` of `ahead` gives its answer, of all its positions; a `submit` before that drops the
+        answer, and the positions stay in the caches.  A position below `length` cuts the caches there.
         """
         core = self.core
-        if position >= self.terms.max_length or core.route.cannot_cut or not is_free(self.route):
+        if position + tokens > self.terms.max_length or core.route.cannot_cut or not is_free(self.route):
             return False
-        if not is_undisturbed(core, position, trio.current_time()):
+        if tokens > self.max_step_tokens or not is_undisturbed(core, position, trio.current_time()):
             return False
-        self.ahead = await self._send(StepRange(position, 1, "last"), body)
+        if position < core.steps.length:
+            core.steps.go_back(position)
+            self._journal.cut(position)
+        self.ahead = await self._send(StepRange(position, tokens, "last" if tokens == 1 else "all"), body)
         return True
 
     async def _send(self, what: StepRange, body: Buffer | PackedBody) -> Pending:
@@ -402,14 +405,21 @@ def encoded_row(session: Session, row: NDArray[np.float32]) -> Buffer | PackedBo
     return row_bytes(row, kept)
 
 
-def decoded_row(session: Session, result: Result) -> Tensor:
-    """The hidden state float32 [1, 1, hidden] of an answer of one position.  Raises BadResult."""
+def encoded_rows(session: Session, rows: Sequence[NDArray[np.float32]]) -> Buffer | PackedBody:
+    """As `encoded_row`, of a few hidden states [hidden], one after the other."""
+    if are_packed(len(rows), session.core.route.pack):
+        return session.encode(torch.from_numpy(np.stack(rows))[None])
+    return encoded_row(session, np.concatenate(rows))
+
+
+def decoded_rows(session: Session, result: Result) -> Tensor:
+    """The hidden states float32 [1, tokens, hidden] of an answer of a few positions.  Raises BadResult."""
     try:
         values = row_values(result.body, session.core.route.contracts.in_epoch(result.epoch).codec)
     except BadResult as error:
         error.about(session.chain.hops[-1].peer)
         raise
-    return torch.from_numpy(values).view(1, 1, -1)
+    return torch.from_numpy(values).view(1, -1, session.terms.hidden)
 
 
 def _answer_to_nothing(session: Session, reply: Reply) -> Tensor | None:

@@ -19,6 +19,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Stoppi
 
 from client.bridges.proxy import target_of
 from client.hf import RemoteCache, from_swarm
+from client.hf.native import NativeRun
 from tests.hf_swarm import Nodes, nodes_of
 from tests.model_fixtures import save_tiny, save_tiny_tokenizer
 
@@ -170,6 +171,29 @@ def test_an_assistant_s_tokens_are_checked_by_the_swarm(model: Any, local: Any) 
             parameter.add_(torch.randn_like(parameter) * 0.01)
     theirs = local.generate(IDS, max_new_tokens=24, **GREEDY)
     assert torch.equal(model.generate(IDS, max_new_tokens=24, assistant_model=noisy, **GREEDY), theirs)
+
+
+@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_guessed_tokens_go_through_the_client_s_own_loop_unless_tokens_are_drawn(
+    model: Any, local: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    run = NativeRun.run
+
+    def counted(native: NativeRun, *given: Any) -> list[int]:
+        runs.append(native)
+        return run(native, *given)
+
+    monkeypatch.setattr(NativeRun, "run", counted)
+    prompt = IDS.repeat(1, 4)
+    options = {how: 4 if how == "prompt_lookup_num_tokens" else local, "max_new_tokens": 24, **GREEDY}
+    assert torch.equal(model.generate(prompt, **options), local.generate(prompt, **options))
+    assert len(runs) == 1
+    torch.manual_seed(5)
+    mine = model.generate(prompt, **(options | {"do_sample": True}))
+    torch.manual_seed(5)
+    assert torch.equal(mine, local.generate(prompt, **(options | {"do_sample": True})))
+    assert len(runs) == 1
 
 
 def test_embeddings_in_the_place_of_tokens(model: Any, local: Any) -> None:

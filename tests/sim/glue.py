@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,11 @@ from client.chains.chain_choice import ChainChooser
 from client.chains.chain_wait import ViewChanges
 from client.config import ClientConfig
 from client.generation.conversation import Conversation
+from client.generation.generate import Generation
 from client.generation.head_batches import HeadBatches
 from client.session.session import Session
+from client.speculation.speculation import Crowd, Speculation
+from client.speculation.width import WidthPolicy
 from client.swarm import Swarm
 from node.model.checkpoint.info import ModelInfo
 from node.network.streams import FramedStream
@@ -177,13 +181,51 @@ def make_swarm(
     return Swarm(config, info, ends, routes, host, directory, compute, HeadBatches(ends, compute), nursery)
 
 
+class Oracle:
+    """Guesses the true tokens of a text, but for a share of them."""
+
+    seconds = 0.0
+
+    def __init__(self, tokens: list[int], wrong: float) -> None:
+        self._tokens = tokens
+        self._wrong = wrong
+        self._rng = random.Random(sum(tokens))
+
+    async def propose(self, tokens: Sequence[int], most: int) -> Sequence[int]:
+        """As many as were asked for, where the text has them."""
+        await trio.lowlevel.checkpoint()
+        true = self._tokens[len(tokens) : len(tokens) + most]
+        return [25 - token if self._rng.random() < self._wrong else token for token in true]
+
+
+class Wide(WidthPolicy):
+    """Proposes as many tokens as it may in every step."""
+
+    def width(self, matched: int, most: int, *, sharing: int = 1, drafting: float = 0.0) -> int:
+        """All."""
+        return max(0, min(most, self.most))
+
+
+def guesses(tokens: list[int], wrong: float) -> Speculation:
+    """Guesses of a text's tokens, of which a share is wrong."""
+    return Speculation(Wide(), Crowd(), Oracle(tokens, wrong))
+
+
 async def tokens_of(
-    swarm: Swarm, conversation: Conversation, prompt: tuple[int, ...], new_tokens: int
+    swarm: Swarm,
+    conversation: Conversation,
+    prompt: tuple[int, ...],
+    new_tokens: int,
+    guesses: Speculation | None = None,
 ) -> AsyncGenerator[int, None]:
-    """The tokens of one generation, one by one."""
-    async with aclosing(
-        swarm.generate(list(prompt), max_new_tokens=new_tokens, conversation=conversation)
-    ) as tokens:
+    """The tokens of one generation, one by one.  guesses: None: the usual ones."""
+    if guesses is None:
+        made = swarm.generate(list(prompt), max_new_tokens=new_tokens, conversation=conversation)
+    else:
+        settings = swarm.settings(list(prompt), max_new_tokens=new_tokens, conversation=conversation)
+        ends: Any = swarm.local_model
+        made = Generation(ends, conversation, settings, speculation=guesses).run(list(prompt), close=False)
+    async with aclosing(made) as tokens:
         async for token in tokens:
             yield token.id
 

@@ -28,7 +28,7 @@ from tensor_codec.errors import PeerFault, PeerGone, Refused
 from tensor_codec.limits import Limits
 from tensor_codec.messages.session import PUSH_PROTOCOL
 from tests.fakes_lies import LyingNode
-from tests.fakes_serving import PRIME, FakeArena, FakeCache, FakeSpan, some_hidden
+from tests.fakes_serving import PRIME, FakeArena, FakeCache, FakeSpan, generated, some_hidden
 from tests.sim import glue
 from tests.sim.directory import Directory, Gossip, numbered
 from tests.sim.network import End, Host, Network
@@ -494,7 +494,11 @@ class Client:
             with trio.move_on_after(patience):
                 for prompt in filter(None, (job.prompt, job.again)):
                     story = Story(self.plan, prompt, job.new_tokens)
-                    tokens = glue.tokens_of(self.swarm, conversation, prompt, job.new_tokens)
+                    guesses = None
+                    if job.wrong is not None:
+                        true = [*prompt, *generated(list(prompt), job.new_tokens, self.world.blocks)]
+                        guesses = glue.guesses(true, job.wrong)
+                    tokens = glue.tokens_of(self.swarm, conversation, prompt, job.new_tokens, guesses)
                     await self._listen(story, aclosing(tokens))
         finally:
             conversation.close()

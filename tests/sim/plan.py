@@ -20,6 +20,7 @@ VOCABULARY = 26
 RUNS_EVERY = 5  # seeds: one of them has sessions over runs of blocks
 ROWS_EVERY = 6  # seeds: one of them has sessions whose rows change their order
 DRAFTS_EVERY = 7  # seeds: one of them has sessions with steps of several tokens, of which some are taken back
+GUESSES_EVERY = 3  # seeds: one of them has generations with guessed tokens
 LIES_EVERY = 4  # seeds: one of them has servers that lie for a while
 KINDS = (
     "kill", "vanish", "freeze", "slow", "drain", "cut", "silence", "deaf", "unreachable", "partition",
@@ -50,6 +51,7 @@ class Job:
     again: the prompt of a second turn in the same conversation, which shares a beginning with the first.
     run: the blocks of a session for hidden states, in place of a generation: as many positions as the
     prompt has tokens in one piece, then one after the other.
+    wrong: of guessed tokens, of which every step has many, the share of wrong ones; None: the usual guesses.
     """
 
     at: float
@@ -58,6 +60,7 @@ class Job:
     patience: float | None
     again: tuple[int, ...]
     run: Blocks | None = None
+    wrong: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,8 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
     if seed % DRAFTS_EVERY == DRAFTS_EVERY - 2:  # apart, as these
         own = random.Random(f"drafts {seed}")
         clients = tuple(replace(each, rows_jobs=(*each.rows_jobs, *_drafts_jobs(own))) for each in clients)
+    if seed % GUESSES_EVERY == GUESSES_EVERY - 1:  # apart, as these
+        clients = _with_guesses(clients, random.Random(f"guesses {seed}"))
     names = [node.name for node in nodes], [client.name for client in clients]
     count = rng.choice((0, 1, 2, 3, 4, 5, 6, 8))
     faults = tuple(_fault(rng, *names) for _ in range(count))
@@ -229,6 +234,15 @@ def _with_runs(clients: tuple[ClientPlan, ...], blocks: int, rng: random.Random)
         return replace(job, run=run) if rng.random() < 0.5 else job
 
     return tuple(replace(client, jobs=tuple(map(job_with_run, client.jobs))) for client in clients)
+
+
+def _with_guesses(clients: tuple[ClientPlan, ...], rng: random.Random) -> tuple[ClientPlan, ...]:
+    """The clients, with guessed tokens in all their generations."""
+
+    def job_with_guesses(job: Job) -> Job:
+        return replace(job, wrong=rng.choice((0.0, 0.1, 0.3, 0.7)))
+
+    return tuple(replace(client, jobs=tuple(map(job_with_guesses, client.jobs))) for client in clients)
 
 
 def _rows_jobs(rng: random.Random) -> tuple[RowsJob, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ import pytest
 import trio
 
 from client.generation.conversation import Conversation
+from client.session.core import ClientSession
 from node.network.streams import FramedStream
 from node.serving.cache_budget import CacheBudget
 from node.serving.executor.engine import Engine
@@ -23,12 +25,14 @@ from node.serving.sessions.worker import HopWorker
 from routing.blocks import Blocks
 from tensor_codec.errors import PeerGone
 from tensor_codec.journal import Journal
+from tensor_codec.messages.contract import StepRange
 from tests.fakes_serving import FakeSpan, generated
 from tests.sim.checks import expected_tokens
 from tests.sim.many import open_pool, run_in_time, run_many
 from tests.sim.people import Span
 from tests.sim.plan import (
     DRAFTS_EVERY,
+    GUESSES_EVERY,
     ROOMY,
     ROWS_EVERY,
     RUNS_EVERY,
@@ -287,6 +291,29 @@ def test_one_seed_in_seven_has_drafts_that_share_batches_with_single_tokens(monk
         assert outcome.failures == []
         assert outcome.row_steps > 0
     assert any(max(tokens, default=1) > 1 and len(tokens) > 1 for tokens in together)
+
+
+def test_one_seed_in_three_has_guessed_tokens_of_which_some_are_wrong(monkeypatch):
+    steps: list[StepRange] = []
+    submit = ClientSession.submit
+
+    def noted(self: ClientSession, what: StepRange, *args: Any) -> Any:
+        steps.append(what)
+        return submit(self, what, *args)
+
+    monkeypatch.setattr(ClientSession, "submit", noted)
+    again = 0
+    for seed in range(GUESSES_EVERY - 1, 12 * GUESSES_EVERY, GUESSES_EVERY):
+        steps.clear()
+        assert run_seed(seed).failures == []
+        guessed = [step for step in steps if step.position and step.tokens > 1 and step.reply == "all"]
+        again += sum(
+            step.position < before.position + before.tokens
+            for before, step in pairwise(steps)
+            if before in guessed
+        )
+        assert guessed or seed % RUNS_EVERY == RUNS_EVERY - 1
+    assert again > 20  # the caches were cut after wrong guesses
 
 
 CHURN_NODES, CHURN_MINUTES, GENERATIONS = 20, 10, 60

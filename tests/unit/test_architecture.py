@@ -26,6 +26,7 @@ MANY_METHODS = {
     "node.serving.server.Server": "one lifecycle: load, announce, serve, move, drain",
 }
 MANY_FIELDS = {
+    "client.swarm.Swarm": "the parts that one handle joins",
     "tensor_codec.limits.Limits": "a value: every limit in one place",
     "node.config.NodeConfig": "a value: an operator's choices by their names",
     "client.generation.options.GenerateArguments": "a value: transformers' options by their names",

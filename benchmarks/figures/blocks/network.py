@@ -66,6 +66,21 @@ def wan_bulk_block(figures: Figures) -> str:
     return with_note(markdown_table(head, rows), run)
 
 
+def wan_speculate_block(figures: Figures) -> str:
+    """Guessed tokens for three texts, over links without delay and long ones."""
+    texts, rtts = ("code", "summary", "story"), ("0", "100")
+    runs = [figures[f"wan-{text}-{rtt}"] for text in texts for rtt in rtts]
+    rows = [
+        ("tokens equal to transformers'", [yes(run["tokens_equal"]) for run in runs]),
+        ("tokens/s without guesses", column(runs, "{plain_tokens_per_s:.3g}")),
+        ("tokens/s with guesses", column(runs, "{speculate_tokens_per_s:.3g}")),
+        ("gain", column(runs, "{gain:.2f}")),
+        ("tokens of a step", column(runs, "{tokens_per_step:.2f}")),
+    ]
+    names = [f"{text}, {rtt} ms" for text in texts for rtt in rtts]
+    return with_note(markdown_table(names, rows), *runs)
+
+
 def wire_block(figures: Figures) -> str:
     """Frames through our host and through py-libp2p's own."""
     run = figures["wire"]

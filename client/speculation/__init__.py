@@ -1,0 +1,1 @@
+"""Tokens that are guessed before the servers compute them, and checked by one step of several tokens."""
