@@ -62,6 +62,11 @@ def add_servers(parser: argparse.ArgumentParser) -> None:
         help="only servers with matrices like this",
     )
     servers.add_argument("--max-hops", type=int, metavar="N", help="the most servers of one chain")
+    servers.add_argument(
+        "--standby",
+        action="store_true",
+        help="let a second server follow each one of the chain: a server's death costs no replay",
+    )
     parser.add_argument(
         "--codec",
         choices=CODEC_CHOICES,

@@ -45,6 +45,7 @@ class ClientConfig:
     constraints: the servers that may be used, and their number in one chain.
     max_disk_bytes: of all models in the cache; those unused for longest make room.
     limits: max_session_tokens bounds the sessions of this client; None: the servers' own bound holds.
+    standby: every hop of a session gets a warm standby, where another peer serves its blocks.
     monitor: ping more servers from the start, for pages that show who answers; else from the first use of
     `Swarm.liveness` or `Swarm.events` on.
     """
@@ -64,6 +65,7 @@ class ClientConfig:
     constraints: Constraints = field(default_factory=Constraints)
     limits: Limits = field(default_factory=Limits)
     monitor: bool = False
+    standby: bool = False
 
 
 def client_config(
@@ -86,6 +88,7 @@ def client_config(
     max_step_tokens: int | None = None,
     max_frame_bytes: int | None = None,
     monitor: bool = False,
+    standby: bool = False,
 ) -> ClientConfig:
     """The arguments of `client.connect` and `client.connect_sync`, which explain them, as a checked value.
 
@@ -115,6 +118,7 @@ def client_config(
                 max_frame_bytes=_tokens("max_frame_bytes", max_frame_bytes),
             ),
             monitor=_flag("monitor", monitor),
+            standby=_flag("standby", standby),
         )
     check(config)
     return config

@@ -69,6 +69,8 @@ def connect(config: ClientConfig) -> AbstractAsyncContextManager[SwarmLike]:
     max_session_tokens: rows times positions of the longest session to open; None: the bound of the model
     and the servers.  max_step_tokens, max_frame_bytes: of one step, or one request of `forward` and
     `backward`; larger ones than the usual (see `Limits`) need servers that were started with as much.
+    standby: every hop of a session gets a warm standby, where another peer serves its blocks: the death of
+    a server costs no replay then, and standbys compute every token once more.
     monitor: ping more servers from the start (see `Swarm.liveness`), for a page that shows the swarm.  Works
     under trio, and under asyncio (any event loop) through a trio thread of its own; the handle has the same
     methods.  Raises ConfigError: on the call for a value that cannot be (a bad address, a number out of

@@ -537,7 +537,7 @@ class Swarm:
         info = self.info
         terms = Terms(
             info.name, info.revision, _blocks(info, start, stop), info.hidden_size, batch, max_length,
-            self.config.codec, self.local_model.rope,
+            self.config.codec, self.local_model.rope, standby=self.config.standby,
         )  # fmt: skip
         routes = self.routes if constraints is None else replace(self.routes, constraints=constraints)
         if prompts is not None:

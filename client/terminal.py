@@ -275,6 +275,7 @@ def _connect(flags: argparse.Namespace) -> AbstractAsyncContextManager[SwarmLike
         codec=flags.codec,
         max_session_tokens=flags.max_session_tokens,
         constraints=constraints_of(flags),
+        standby=flags.standby,
     )
 
 

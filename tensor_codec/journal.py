@@ -43,6 +43,7 @@ class Journal:
     pinned: nothing is dropped, because the client counts on the positions that it was told of.
     orders: of rows, by position and by step, ascending; no two have one position, but the last two may.
     order_tokens: as many tokens take the memory of one order.
+    reordered: orders of rows were ever kept here.
     """
 
     def __init__(self, batch: int, row_bytes: int, max_length: int) -> None:
@@ -53,6 +54,8 @@ class Journal:
         self.start = 0
         self.stop = 0
         self.pinned = False
+        self.reordered = False
+        self._changed = max_length  # positions from here on were replaced or forgotten
         # (first position, rope_length from there on), ascending: one item but for models that need more.
         self._ropes: list[tuple[int, int]] = [(0, 0)]
         self.orders: list[RowOrder] = []
@@ -81,6 +84,8 @@ class Journal:
             self.orders.clear()
         if self.orders and position < self.orders[-1].position:
             self._cut_orders(position)
+        if position < self.stop:
+            self._changed = min(self._changed, position)
         begin, size = position * self.row_bytes, tokens * self.row_bytes
         if tokens > 1 and self.batch > 1:
             rows = np.frombuffer(body, np.uint8).reshape(self.batch, tokens, -1)
@@ -98,10 +103,15 @@ class Journal:
 
         step: whose order it is; all orders before it are final.
         """
-        position = min(position, self.stop)
+        position, self.reordered = min(position, self.stop), True
         self._cut_orders(position)
         if position > self.start:
             self.orders.append(RowOrder(position, step, np.array(rows, np.uint16)))
+
+    def take_changed(self) -> int:
+        """The first position that was replaced or forgotten since this was last asked, or `max_length`."""
+        changed, self._changed = self._changed, self.max_length
+        return changed
 
     def take_back_orders(self, step: int) -> None:
         """Forget the orders of rows of this step and of later ones: nobody waits for them any more."""
@@ -154,6 +164,8 @@ class Journal:
 
     def cut(self, length: int) -> None:
         """Forget the positions from `length` on."""
+        if length < self.stop:
+            self._changed = min(self._changed, length)
         self._free(max(length, self.start), self.stop)
         self.stop = min(self.stop, length)
         self.start = min(self.start, self.stop)

@@ -806,15 +806,19 @@ async def swarm(limits: Limits | None = None) -> AsyncIterator[World]:
         nursery.cancel_scope.cancel()
 
 
-def conversation_of(world: World, routes: ChainChooser | None = None, **changes: Any) -> Conversation:
+def conversation_of(
+    world: World, routes: ChainChooser | None = None, *, standby: bool = False, **changes: Any
+) -> Conversation:
     """A client's tokens in this world.  routes: its view of the swarm, and the peers that it avoids.
 
-    changes: of the conversation's fields, by name.
+    standby: see `Terms`.  changes: of the conversation's fields, by name.
     """
     routes = world.routes() if routes is None and world.nodes else routes
 
     async def open_chain(*, max_length: int, deadline: float, trace: Trace) -> Session:
-        return await world.open(max_length=max_length, deadline=deadline, trace=trace, routes=routes)
+        return await world.open(
+            max_length=max_length, deadline=deadline, trace=trace, routes=routes, standby=standby
+        )
 
     def worked(session: Session) -> None:
         assert routes is not None

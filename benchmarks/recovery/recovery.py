@@ -48,6 +48,7 @@ from benchmarks.recovery.watched import (
     prompt_ids,
     trace_figures,
     undisturbed,
+    until_followed,
     until_known,
     watch,
 )
@@ -133,6 +134,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--adapter-rank", type=int, metavar="R", help="generate with a random adapter (LoRA) of this rank"
     )
+    parser.add_argument("--standby", action="store_true", help="every hop has a standby before the fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -188,7 +190,7 @@ async def struck_once(
     with closing(Slowdown(flags.times)) as slowdown:
         fault = slowdown if flags.mode == "slow" else FAULTS[flags.mode]
         strike = Strike(replicas, fault, rng, flags.hop)
-        async with fresh_client(flags.model, replicas, flags.give_up) as swarm:
+        async with fresh_client(flags.model, replicas, flags.give_up, standby=flags.standby) as swarm:
             adapter = None if flags.adapter_rank is None else await new_adapter(flags, run)
             tokens = WARM_UP_TOKENS if adapter is None else flags.tokens[0]
             usual = await undisturbed(swarm, ids, adapter, tokens)
@@ -200,6 +202,8 @@ async def struck_once(
 
                 async def before(asked: int) -> None:
                     if asked == number:
+                        if flags.standby and number:
+                            await until_followed(conversation)
                         nursery.start_soon(strike, conversation, rng.random() * (step if number else first))
 
                 watched = await watch(swarm, conversation, ids, flags.tokens[0], before)
@@ -337,6 +341,7 @@ def summary(flags: argparse.Namespace, rows: list[Result]) -> Result:
         "copies": flags.copies,
         "tokens": flags.tokens[0],
         "adapter_rank": flags.adapter_rank,
+        "standby": flags.standby,
         "runs": len(rows),
         "tokens_equal": all(row["tokens_equal"] for row in rows),
     }
@@ -350,6 +355,7 @@ def summary(flags: argparse.Namespace, rows: list[Result]) -> Result:
         "replay_s",
         "recovered_s",
         "sockets_gone_s",
+        "replayed",
     ):
         result[f"{name}_p50"] = percentile([row.get(name) for row in rows], 0.5)
     if flags.mode == "slow":

@@ -31,6 +31,8 @@ from tensor_codec.errors import PeerFault, Refused
 LOOK_SECONDS = 0.001
 WARM_UP_TOKENS = 8
 WHOLE_SECONDS = 120.0
+FOLLOW_SECONDS = 10.0
+FOLLOWED_SECONDS = 0.5
 WAIT_SECONDS = 30.0  # for a chain: the default
 
 
@@ -116,16 +118,34 @@ async def watch(
 
 @asynccontextmanager
 async def fresh_client(
-    model: str | None, replicas: ReplicatedSwarm, give_up_seconds: float = 120.0
+    model: str | None, replicas: ReplicatedSwarm, give_up_seconds: float = 120.0, *, standby: bool = False
 ) -> AsyncIterator[Swarm]:
-    """A client that has seen no fault, once it knows every server as it is now.  Raises ProcessError."""
+    """A client that has seen no fault, once it knows every server as it is now.  Raises ProcessError.
+
+    standby: see `ClientConfig`.
+    """
     wait_seconds = min(WAIT_SECONDS, give_up_seconds)
     config = ClientConfig(
-        tuple(replicas.peers), model, threads=1, wait_seconds=wait_seconds, give_up_seconds=give_up_seconds
+        tuple(replicas.peers),
+        model,
+        threads=1,
+        wait_seconds=wait_seconds,
+        give_up_seconds=give_up_seconds,
+        standby=standby,
     )
     async with open_swarm(config) as swarm:
         await until_known(swarm, replicas.whole)
         yield swarm
+
+
+async def until_followed(conversation: Conversation) -> None:
+    """Wait until every hop has a standby that is fed, and a moment for it to follow.  Bounded."""
+    assert conversation.session is not None
+    route = conversation.session.core.route
+    with trio.move_on_after(FOLLOW_SECONDS):
+        while len(route.standbys.fed_in(route.epoch)) < len(route.hops):  # noqa: ASYNC110  no event tells
+            await trio.sleep(LOOK_SECONDS)
+        await trio.sleep(FOLLOWED_SECONDS)
 
 
 async def until_known(swarm: Swarm, condition: Callable[..., bool]) -> None:
@@ -202,16 +222,18 @@ def trace_events(
 def trace_figures(conversation: Conversation, at: float) -> dict[str, float | None]:
     """From the trace after `at`: seconds until the fault was seen, of replay, and until the repair.
 
-    None for each value outside the trace.
+    replayed: positions that were sent again, to all hops.  None for each value outside the trace.
     """
     events = [event for event in trace_events(conversation) if event.at >= at]
     seen = next((event.at - at for event in events if event.kind == "fault"), None)
     mended = [event.data for event in events if event.kind == "recovered"]
+    replays = [event for event in events if event.kind == "replayed"]
     replay = sum(data["replay_seconds"] for data in mended) if mended else None
     return {
         "detect_s": seen,
         "replay_s": replay,
         "recovered_s": sum(data["seconds"] for data in mended) if mended else None,
+        "replayed": float(sum(event.data["stop"] - event.data["start"] for event in replays)),
     }
 
 

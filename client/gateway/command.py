@@ -134,6 +134,7 @@ async def joined(flags: argparse.Namespace, signals: Signals) -> AsyncIterator[S
         codec=flags.codec,
         max_session_tokens=flags.max_session_tokens,
         constraints=constraints_of(flags),
+        standby=flags.standby,
         monitor=True,
     )
     entering = asyncio.ensure_future(connection.__aenter__())

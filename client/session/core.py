@@ -193,6 +193,8 @@ class ClientSession:
         most = FEW_BYTES if what.position and what.tokens <= FEW_TOKENS else BULK_BYTES
         bulk = what.tokens * self.route.contracts.current.row_bytes > most
         pending = self.steps.add(what, body, bulk, now, packed)
+        if self.terms.standby:
+            self.route.standbys.sent(pending.step, what.position, what.tokens)
         return pending, self._send(pending, now) if self.state is State.SOUND else None
 
     def take(self, pending: Pending, result: Result) -> None:
@@ -249,17 +251,22 @@ class ClientSession:
                 return self._break(why, now) if self.route.has_choice() else []
             case Reordering():
                 unable = self.route.reorder_rows()
-                return [act for hop in unable for act in self._lost(hop, cannot_reorder(hop.hop.peer), now)]
+                leave = [Leave(hop) for hop in self.route.standbys.give_up()]
+                return leave + [
+                    act for hop in unable for act in self._lost(hop, cannot_reorder(hop.hop.peer), now)
+                ]
             case Closed() if self.state is State.CLOSED:
                 return []
             case Closed():
                 self._become(State.CLOSED)
                 for hop in self.route.opened:
                     hop.close()
-                leave = [Leave(hop) for hop in self.route.opened]
+                leave = [Leave(hop) for hop in [*self.route.opened, *self.route.standbys.give_up()]]
                 return [Note("ended"), *leave, StopSwitching(), Repair("closed")]
 
     def _answered(self, hop: HopState, result: Result, now: float) -> list[Action]:
+        if hop in self.route.standbys.hops:
+            raise MessageError("a result of a standby, which passes nothing on")
         pending = self.steps.pending.get(result.step) if not result.replay else None
         if hop.hop.stop < self.terms.run.stop:
             if pending is not None:
@@ -280,6 +287,8 @@ class ClientSession:
     def _reported(self, hop: HopState, failed: Failed, now: float) -> list[Action]:
         """A hop reports a fault of its own or of a neighbour."""
         error = failed.error()
+        if hop in self.route.standbys.hops:
+            return self._lost(hop, error, now, share=0.0)
         if failed.code == "leaving":
             hop.set_leaving()
             return []
@@ -345,6 +354,7 @@ class ClientSession:
             return []
         error.about(hop.hop.peer)
         hop.fail(error, blame=share > 0)
+        self.route.standbys.lost(hop, now)
         fault = fault_note(hop.hop.peer, error)
         actions = self.note(hop.hop.peer, error, share) if share else [fault]
         if hop in self.route.hops or self.state is State.SWITCHING:

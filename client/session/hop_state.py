@@ -91,7 +91,7 @@ class HopState:
         """It has taken its new neighbours, and reports its position."""
         self.push, self.codec, self.near_before = reply.push, codec, self.near
         orders = reply.orders if self.can_reorder else None
-        self.progress = HopProgress(reply.length, reply.kept, reply.step, reply.cut, orders)
+        self.progress = HopProgress(reply.length, reply.kept, reply.step, reply.cut, orders, reply.follows)
 
     def may_name(self, peer: str, *, successor: bool) -> bool:
         """Whether it can know anything of this peer: a neighbour, as far as it was told."""

@@ -90,6 +90,7 @@ class Route:
 
     journal: the hidden states sent to the first hop, in `terms.kept_codec`.
     news: set, and made anew, when waiting tasks must look again.
+    changing: held while hops get new neighbours.
     """
 
     core: ClientSession
@@ -102,7 +103,7 @@ class Route:
     _links: dict[HopState, HopLink] = field(default_factory=dict)  # whose tasks run
     _bulk: list[HopLink] = field(default_factory=list)  # with a stream of their own for bulk
     _unanswered: set[PeerId] = field(default_factory=set)  # hops that must take a new route
-    _changing: trio.Lock = field(default_factory=trio.Lock)
+    changing: trio.Lock = field(default_factory=trio.Lock)
     _switching: trio.CancelScope | None = None
 
     @property
@@ -120,7 +121,7 @@ class Route:
             raise PeerGone("the session was closed")
         try:
             with trio.fail_at(deadline):
-                async with self._changing:
+                async with self.changing:
                     open_seconds = OPEN_SECONDS
                     while core.state is not State.SOUND:
                         measured = core.terms.run if core.state is State.OPENING else None
@@ -201,7 +202,7 @@ class Route:
         )
         try:
             alone = len(self.core.steps.sent) <= 1
-            await self._link(send.hop).send_step(step, self.limits.session_idle_seconds, alone=alone)
+            await self.link(send.hop).send_step(step, self.limits.session_idle_seconds, alone=alone)
         except PeerFault as fault:
             self.tell(Lost(send.hop, fault))
             raise
@@ -279,19 +280,15 @@ class Route:
             self._unanswered.add(place.hop.peer)
             try:
                 if place.state is not None:
-                    await self._relink(line_up, place, place.state)
+                    await self.relink(line_up, place, place.state)
                     made[index] = place.state
                 else:
                     now, peer = trio.current_time(), place.hop.peer
                     if (at := self.core.pauses.next_opening(peer, now)) > now:
                         await trio.sleep_until(at)
-                    seconds = open_seconds
-                    if (prompts := self.core.terms.prompts) is not None:
-                        seconds += prompts.seconds_for(place.hop.blocks, self.limits)
-                    if (adapter := self.core.terms.adapter) is not None:
-                        seconds += adapter.seconds_for(peer, place.hop.blocks)
+                    seconds = seconds_to_open(self, place, open_seconds)
                     with trio.move_on_after(seconds) as waited:
-                        made[index] = await self._open(line_up, place)
+                        made[index] = await self.open(line_up, place)
                     if waited.cancelled_caught:
                         raise SlowPeer(f"the session could not be opened within {seconds:g} s")
             except (PeerFault, Refused) as error:
@@ -313,7 +310,8 @@ class Route:
             raise failure
         return [made[index] for index in range(len(line_up.places))]
 
-    async def _open(self, line_up: LineUp, place: Place) -> HopState:
+    async def open(self, line_up: LineUp, place: Place) -> HopState:
+        """Open the session at a new hop, or at a standby.  Raises PeerFault, Refused."""
         hop, terms, near = place.hop, self.core.terms, place.neighbours
         if place.dtype is None:
             raise PeerGone(f"{hop.peer} has just left the swarm")
@@ -321,7 +319,7 @@ class Route:
         prompts = terms.prompts
         body = b"" if prompts is None else prompts.body_for(hop.blocks, codec, self.limits)
         state = HopState(hop, place.dtype, codec, near)
-        shared = shared_stream(self.swarm, hop)
+        shared = None if place.follows else shared_stream(self.swarm, hop)
         opened = Open(
             session=line_up.contract.session,
             spec=SpanSpec(terms.model, terms.revision, hop.blocks, place.dtype, terms.adapter_name),
@@ -337,6 +335,7 @@ class Route:
             prompts=0 if prompts is None else prompts.positions,
             body=body,
             gather=b"" if shared is None else shared.id,
+            follows=place.follows,
         )
         open_stream = partial(self.swarm.open_stream, hop.peer, SESSION_PROTOCOL)
         link = await open_link(state, open_stream, opened, terms.adapter, self.limits)
@@ -346,16 +345,20 @@ class Route:
             await link.say_goodbye()
             raise
         self._links[state] = link
-        self.core.route.add(state)
+        if place.follows:
+            self.core.route.standbys.add(state, line_up.epoch)
+        else:
+            self.core.route.add(state)
         if shared is not None:
             share(self, link, shared)
-        if link.moves:
+        if link.moves and not place.follows:
             self.core.ways.add(state, lambda: link.stream.has_better_way)
         await self.nursery.start(self._listen, link)
         return state
 
-    async def _relink(self, line_up: LineUp, place: Place, state: HopState) -> None:
-        near, link = place.neighbours, self._link(state)
+    async def relink(self, line_up: LineUp, place: Place, state: HopState) -> None:
+        """Give a hop its new neighbours, and wait for its progress.  Raises PeerFault, Refused."""
+        near, link = place.neighbours, self.link(state)
         state.relink(near)
         await link.end_bulk()
         if self.core.ways.wants(state):
@@ -363,7 +366,9 @@ class Route:
             await move(link, self.core.ways, open_stream, line_up.contract.session)
         seconds = RELINK_SECONDS + (self.limits.successor_seconds if near.successor is not None else 0.0)
         codec = line_up.contract.codec if state.codec != line_up.contract.codec else None
-        order = Relink(line_up.epoch, near.predecessor, near.successor, near.relay, codec, place.pack)
+        order = Relink(
+            line_up.epoch, near.predecessor, near.successor, near.relay, codec, place.pack, place.follows
+        )
         await link.relink(order, seconds)
 
     async def _fill_up(self, line_up: LineUp, made: Sequence[HopState], began: float) -> None:
@@ -418,7 +423,7 @@ class Route:
 
     # --- streams ---
 
-    def _link(self, hop: HopState) -> HopLink:
+    def link(self, hop: HopState) -> HopLink:
         """The streams to a hop.  Raises PeerGone once they are closed."""
         if hop not in self._links:
             raise PeerGone(f"the stream to {hop.hop.peer} is closed")
@@ -428,7 +433,7 @@ class Route:
     def _noting(self, hop: HopState) -> Iterator[HopLink]:
         """A PeerFault within goes to the core, and on to the caller."""
         try:
-            yield self._link(hop)
+            yield self.link(hop)
         except PeerFault as fault:
             self.tell(Lost(hop, fault))
             raise
@@ -483,6 +488,15 @@ class Route:
             await link.say_goodbye()
             del self._links[hop]
             self.wake()
+
+
+def seconds_to_open(route: Route, place: Place, seconds: float) -> float:
+    """The time to open a hop.  seconds: without what it gets first."""
+    if (prompts := route.core.terms.prompts) is not None:
+        seconds += prompts.seconds_for(place.hop.blocks, route.limits)
+    if (adapter := route.core.terms.adapter) is not None:
+        seconds += adapter.seconds_for(place.hop.peer, place.hop.blocks)
+    return seconds
 
 
 def shared_stream(swarm: SwarmAccess, hop: Hop) -> SharedStream | None:

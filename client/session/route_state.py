@@ -12,6 +12,7 @@ from client.session.hop_state import HopState, Neighbours
 from client.session.repair.contracts import Contracts, packs_over, way_of
 from client.session.repair.replacement import Replacement
 from client.session.repair.replay_plan import HopOrder, ResumePoint, plan
+from client.session.standby.standbys import Standbys
 from client.session.steps import Pending
 from client.session.terms import Terms
 from routing.chains.hops import Chain, Hop, NoChain
@@ -30,7 +31,7 @@ class Place:
 
     state: of the hop, where it serves the session already; else it is opened.
     dtype: of its computation; None where the peer has just left the swarm.
-    pack: for the link to the next hop, see `Open`.
+    pack: for the link to the next hop, see `Open`.  follows: it is the place of a standby.
     """
 
     hop: Hop
@@ -38,6 +39,7 @@ class Place:
     dtype: str | None
     neighbours: Neighbours
     pack: int = 0
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class RouteState:
     chain: of the hops.  refilling: a replay may still be under way, which no step may overtake.
     reorders: steps reorder the rows, which every hop has to be able to do.
     pack: steps of at least so many rows go to the first hop in int8o; 0: none does.
+    standbys: of the hops; they are neither in `hops` nor in `opened`.
     """
 
     terms: Terms
@@ -92,13 +95,15 @@ class RouteState:
     reorders: bool = False
     pack: int = 0
     replacement: Replacement = field(init=False)
+    standbys: Standbys = field(default_factory=Standbys)
 
     def __post_init__(self) -> None:
         self.replacement = Replacement(self.terms, self.chooser)
 
     def choose(self, last_resort: bool = False) -> Chain:
         """The chain to go on with.  last_resort: peers that failed may be in it.  Raises NoChain."""
-        return self.replacement.best_chain(self.hops, last_resort=last_resort)
+        ready = [] if not self.standbys.hops else [hop.hop for hop in self.standbys.alive]
+        return self.replacement.best_chain(self.hops, last_resort=last_resort, standbys=ready)
 
     def has_choice(self) -> bool:
         """Whether there is a chain without the avoided hops."""
@@ -119,10 +124,11 @@ class RouteState:
         """Every hop of the chain in a new epoch, with its neighbours.  position: see `ResumePoint`."""
         self.epoch += 1
         peers = {hop.peer for hop in chain.hops}
-        elsewhere = [hop for hop in self.opened if hop.hop.peer in peers and hop.hop not in chain.hops]
+        opened = [*self.opened, *self.standbys.hops]
+        elsewhere = [hop for hop in opened if hop.hop.peer in peers and hop.hop not in chain.hops]
         for hop in elsewhere:
             hop.close()  # its peer serves other blocks of the session from now on
-        known = {hop.hop: hop for hop in self.opened if hop.alive}
+        known = {hop.hop: hop for hop in opened if hop.alive}
         states = [known.get(hop) for hop in chain.hops]
         kept = any(states)
         found = self.chooser.terms_of(chain.hops)
@@ -191,10 +197,11 @@ class RouteState:
             *way_of(self.chooser.terms_of(hops), line_up.contract, packs),
         )
         self.replacement.adopt(hops)
+        self.standbys.promote(made)
         notes = self._notes(before, why, seconds)
         if not line_up.held:
             return None, notes
-        todo = plan([hop.progress for hop in made], point)
+        todo = plan([self.standbys.checked(hop.progress) for hop in made], point)
         from_client = todo.client_from < point.position
         for hop, order in zip(made, todo.orders, strict=True):
             hop.resume(order.length)

@@ -32,6 +32,7 @@ from client.session.inputs import Feed, check_input
 from client.session.repair.contracts import Contracts
 from client.session.route import Route, is_free
 from client.session.route_state import RouteState
+from client.session.standby.keeping import keep_standbys
 from client.session.steps import Pending, StepTimes
 from client.session.terms import Terms
 from client.session.trace import Trace
@@ -501,4 +502,6 @@ async def open_session(
     except BaseException:
         session.close()
         raise
+    if terms.standby:
+        nursery.start_soon(keep_standbys, session.route)
     return session

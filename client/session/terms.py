@@ -65,6 +65,7 @@ class Terms:
     "fast", which may lose where a link is slow.
     rope: the model's angles that depend on a sequence's length; None without them.  prompts: every hop gets
     those of its blocks when it is opened.  adapter: of all blocks; a hop has it before it is opened.
+    standby: every hop gets one, where there is another peer with its blocks.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Terms:
     rope: LengthRope | None = None
     prompts: SessionPrompts | None = None
     adapter: AdapterUse | None = None
+    standby: bool = False
 
     @property
     def kept_codec(self) -> str:

@@ -6,7 +6,7 @@
 
 When hops of a session are replaced, and to find out which of them must be:
 
-    client -> hop      Relink and then Resume; Where
+    client -> hop      Relink and then Resume; Feed; Where
     hop -> client      Relinked; Here
 
 Shapes follow from the contract that was agreed at open and the size of the body; they are never read from
@@ -73,6 +73,7 @@ class Open:
     pack: steps of at least so many rows (batch * tokens) go to the successor in int8o; 0: none does.
     gather: the id of a stream of the client on which results may come together with those of other sessions
     (`tensor_codec.messages.steps`); b"": there is none.
+    follows: a standby of a hop: it is filled with the hop's inputs, and passes nothing on before a Relink.
     """
 
     session: bytes
@@ -89,6 +90,7 @@ class Open:
     body: Buffer = b""
     pack: int = 0
     gather: bytes = b""
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class Relink:
     The hop answers with Relinked, and takes no step before Resume.
     codec: how hidden states travel from this epoch on, where that changes; the hop brings its kept outputs
     into it.  Only to a wider one, once the cache holds anything.
-    pack: see `Open`, from this epoch on.
+    pack, follows: see `Open`, from this epoch on.
     """
 
     epoch: int
@@ -124,6 +126,7 @@ class Relink:
     relay: bool = False
     codec: str | None = None
     pack: int = 0
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ class Relinked:
     or None.  kept: of its outputs, those of positions [kept, length) can be sent again.
     codec: in which hidden states travel now, where Relink named one.
     orders: its cache has the orders of rows of all steps below this number, and of no other step.
+    follows: its cache was filled as a standby's; `step` is then the last one that its sender knew.
     """
 
     epoch: int
@@ -144,6 +148,7 @@ class Relinked:
     cut: bool = True
     codec: str | None = None
     orders: int = 0
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,18 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
+class Feed:
+    """Send the outputs from `position` on, and all later ones, to a standby of the next hop too.
+
+    peer: of the standby.  It gets them in the background, until a Relink or another Feed.
+    """
+
+    epoch: int
+    peer: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Where:
     """Asks a hop for its progress, and so whether it lives at all."""
 
@@ -182,7 +199,8 @@ class Here:
 class Step:
     """Hidden states for the next positions of a session.
 
-    step: a number that only grows; the same one again is a retry.
+    step: a number that only grows; the same one again is a retry.  Of what a standby gets: the last step that
+    its sender knew.
     position: of the first token in the session; lower than the cache's length cuts it there.
     reply: which positions the last hop sends back to the client; "replay": none.  A replay has no number; it
     fills a new hop's cache with the inputs of the hop that it replaces.
@@ -250,7 +268,7 @@ def encode_open(message: Open) -> list[Buffer]:
     }
     named = {"predecessor": message.predecessor, "successor": message.successor, "adapter": spec.adapter}
     fields |= {name: value for name, value in named.items() if value is not None}
-    for name in ("relay", "epoch", "held", "pack", "prompts", "gather"):
+    for name in ("relay", "epoch", "held", "pack", "prompts", "gather", "follows"):
         if value := getattr(message, name):
             fields[name] = value
     return [pack_header(fields), message.body] if message.prompts else [pack_header(fields)]
@@ -299,6 +317,7 @@ def _read_open(message: Message) -> Open:
         body=message.body,
         pack=header.integer("pack", 0, MAX_TOKENS, absent=0),
         gather=header.binary("gather", GATHER_BYTES) if "gather" in header else b"",
+        follows=header.flag("follows", absent=False),
     )
 
 
@@ -350,7 +369,7 @@ def decode_open_reply(frame: Buffer) -> Opened | Failed:
 def encode_relink(message: Relink) -> list[Buffer]:
     """The parts of a frame."""
     fields: dict[str, object] = {"k": "relink", "e": message.epoch}
-    for name in ("predecessor", "successor", "relay", "codec", "pack"):
+    for name in ("predecessor", "successor", "relay", "codec", "pack", "follows"):
         if value := getattr(message, name):
             fields[name] = value
     return [pack_header(fields)]
@@ -372,6 +391,8 @@ def encode_relinked(message: Relinked) -> list[Buffer]:
         fields["codec"] = message.codec
     if message.orders:
         fields["w"] = message.orders
+    if message.follows:
+        fields["follows"] = True
     return [pack_header(fields)]
 
 
@@ -386,6 +407,12 @@ def encode_resume(message: Resume) -> list[Buffer]:
     }
     if message.step is not None:
         fields["n"] = message.step
+    return [pack_header(fields)]
+
+
+def encode_feed(message: Feed) -> list[Buffer]:
+    """The parts of a frame."""
+    fields: dict[str, object] = {"k": "feed", "e": message.epoch, "peer": message.peer, "p": message.position}
     return [pack_header(fields)]
 
 
@@ -568,9 +595,9 @@ def encode_close() -> list[Buffer]:
     return [pack_header({"k": "close"})]
 
 
-FromClient = Step | Close | Relink | Resume | Where
+FromClient = Step | Close | Relink | Resume | Feed | Where
 FromHop = Result | Failed | Relinked | Here
-_FROM_CLIENT = frozenset({"step", "close", "relink", "resume", "where"})
+_FROM_CLIENT = frozenset({"step", "close", "relink", "resume", "feed", "where"})
 _FROM_HOP = frozenset({"result", "failed", "relinked", "here"})
 _TOKEN_FIELDS = frozenset({"k", "s", "n", "p", "r", "t", "e", "o"})
 _NO_TIMINGS: list[object] = []
@@ -589,6 +616,8 @@ def decode_from_client(frame: Buffer, contract: Contract) -> FromClient:
         return _read_relink(message.header)
     if message.kind == "resume":
         return _read_resume(message.header, contract)
+    if message.kind == "feed":
+        return _read_feed(message.header, contract)
     return Where() if message.kind == "where" else Close()
 
 
@@ -634,7 +663,15 @@ def _read_relink(header: Header) -> Relink:
         header.flag("relay", absent=False),
         optional_codec(header),
         header.integer("pack", 0, MAX_TOKENS, absent=0),
+        header.flag("follows", absent=False),
     )
+
+
+def _read_feed(header: Header, contract: Contract) -> Feed:
+    epoch, peer = header.integer("e", 0, MAX_EPOCH, absent=0), optional_peer(header, "peer")
+    if peer is None:
+        raise MessageError("'feed' without the peer that is to be fed")
+    return Feed(epoch, peer, header.integer("p", 0, contract.max_length))
 
 
 def _read_resume(header: Header, contract: Contract) -> Resume:
@@ -655,6 +692,7 @@ def _read_relinked(header: Header, contract: Contract) -> Relinked:
         header.flag("cut"),
         optional_codec(header),
         header.integer("w", 0, MAX_STEP + 1, absent=0),
+        header.flag("follows", absent=False),
     )
 
 

@@ -23,7 +23,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.lib.processes import ROOT, Worker
 from benchmarks.recovery.recovery import killed_again_and_again, measure, parse
 from benchmarks.recovery.replicas import Replica, ReplicatedSwarm, drain, freeze, kill, replicated_swarm
-from benchmarks.recovery.watched import Watched, peers_in_use, trace_events, until_known, watch
+from benchmarks.recovery.watched import (
+    Watched,
+    peers_in_use,
+    trace_events,
+    until_followed,
+    until_known,
+    watch,
+)
 from client.config import ClientConfig
 from client.generation.conversation import Conversation
 from client.swarm import Swarm, open_swarm
@@ -172,6 +179,29 @@ async def test_a_server_killed_in_the_midst_of_a_token_costs_no_token(
         watched = await generate(swarm, ids, tokens, before)
         assert (watched.error, watched.tokens) == (None, expected(ids, tokens))
         assert victims[0].peer in swarm.blame.avoided(trio.current_time())
+
+
+async def test_a_server_with_a_standby_is_killed_and_nothing_is_computed_again(
+    servers: ReplicatedSwarm, model: Path, expected: Expected
+) -> None:
+    ids = prompt(40, seed=45)
+    async with joined(servers, model, standby=True) as swarm:
+        conversation = swarm.conversation(len(ids) + 24)
+
+        async def before(number: int) -> None:
+            if number == 12:
+                with trio.fail_after(GENEROUS_SECONDS):
+                    await until_followed(conversation)
+                kill(in_use(servers, conversation, 1))
+
+        watched = await watch(swarm, conversation, ids, 24, before)
+        assert watched.error is None
+        assert watched.tokens == expected(ids, 24)
+        events = trace_events(conversation)
+        replayed = [event.data["start"] for event in events if event.kind == "replayed"]
+        assert all(start > len(ids) for start in replayed), "its standby had the prompt"
+        assert [event for event in events if event.kind == "rerouted"]
+        conversation.close()
 
 
 @pytest.mark.parametrize("hop", [0, 1])

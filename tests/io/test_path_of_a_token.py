@@ -38,6 +38,7 @@ Window = Sequence[Called]  # what was called for one token
 HELPERS = {
     "client/chains/avoided_peers.py": "remembers faults",
     "client/session/repair/lost_time.py": "adds up seconds",
+    "client/session/standby/standbys.py": "says that there are none",
     "client/session/trace.py": "takes notes",
     "node/model/blocks/device/staging.py": "moves hidden states",
     "node/model/blocks/fused_block.py": "holds a block",
@@ -72,6 +73,7 @@ HELPERS = {
 # Public coroutines, and functions by which one package enters another, that the page may leave out.
 UNNAMED = {
     "vector_bytes": "sizes of bodies",
+    "Route.open": "within Route._line_up",
     "Answers.has_answered": "within Answers",
     "Answers.is_due": "within Asker.measure",
     "Answers.late": "within Directory.late",
@@ -420,7 +422,13 @@ async def drain(world: World) -> None:
     await trio.testing.wait_all_tasks_blocked()
 
 
+async def follow(world: World) -> None:
+    """A hop dies that has a standby."""
+    await world.kill("B")
+
+
 EVENTS = {
+    "A hop has a standby": follow,
     "A hop fails": freeze,
     "The repair": kill,
     "A hop says no": fill,
@@ -447,7 +455,7 @@ async def test_what_the_page_says_of_trouble_is_what_is_called(case: str, autoju
                 world.add(name, start, start + 3, seconds=0.01)
         if EVENTS[case] is meet:
             world.relayed.add((CLIENT, PeerId("B")))
-        conversation = conversation_of(world)
+        conversation = conversation_of(world, standby=EVENTS[case] is follow)
         found = await continued(conversation, PROMPT, 8)
         tracer.start()
         try:

@@ -129,11 +129,12 @@ def hog(listener: Listener) -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class ClientTimes:
-    """How long a client waits, in seconds: for a chain, a step, a token."""
+    """How long a client waits, in seconds: for a chain, a step, a token.  standby: see `ClientConfig`."""
 
     wait: float
     step: float
     give_up: float
+    standby: bool = False
 
 
 def make_swarm(
@@ -154,6 +155,7 @@ def make_swarm(
         step_seconds=times.step,
         give_up_seconds=times.give_up,
         limits=limits,
+        standby=times.standby,
     )
     info = ModelInfo(
         MODEL,

@@ -447,7 +447,9 @@ class Client:
                     self.nursery,
                     blocks=world.blocks,
                     limits=world.limits,
-                    times=glue.ClientTimes(plan.wait_seconds, plan.step_seconds, plan.give_up_seconds),
+                    times=glue.ClientTimes(
+                        plan.wait_seconds, plan.step_seconds, plan.give_up_seconds, plan.standby
+                    ),
                 )
                 world.gossip.meet(self.peer)
                 async with trio.open_nursery() as jobs:

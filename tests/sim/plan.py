@@ -21,6 +21,7 @@ RUNS_EVERY = 5  # seeds: one of them has sessions over runs of blocks
 ROWS_EVERY = 6  # seeds: one of them has sessions whose rows change their order
 DRAFTS_EVERY = 7  # seeds: one of them has sessions with steps of several tokens, of which some are taken back
 GUESSES_EVERY = 3  # seeds: one of them has generations with guessed tokens
+STANDBY_EVERY = 8  # seeds: one of them has clients whose sessions have standbys
 LIES_EVERY = 4  # seeds: one of them has servers that lie for a while
 KINDS = (
     "kill", "vanish", "freeze", "slow", "drain", "cut", "silence", "deaf", "unreachable", "partition",
@@ -88,7 +89,10 @@ class RowsJob:
 
 @dataclass(frozen=True, slots=True)
 class ClientPlan:
-    """A client and its generations, which run beside each other.  killed: at that time, if at all."""
+    """A client and its generations, which run beside each other.  killed: at that time, if at all.
+
+    standby: its sessions have standbys.
+    """
 
     name: str
     place: tuple[float, float]
@@ -98,6 +102,7 @@ class ClientPlan:
     jobs: tuple[Job, ...]
     killed: float | None
     rows_jobs: tuple[RowsJob, ...] = ()
+    standby: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,8 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
     if seed % ROWS_EVERY == 1:  # apart, as these
         rows_jobs = _rows_jobs(random.Random(f"rows {seed}"))
         clients = (replace(clients[0], rows_jobs=rows_jobs), *clients[1:])
+    if seed % STANDBY_EVERY == 1:
+        clients = tuple(replace(each, standby=True) for each in clients)
     if seed % DRAFTS_EVERY == DRAFTS_EVERY - 2:  # apart, as these
         own = random.Random(f"drafts {seed}")
         clients = tuple(replace(each, rows_jobs=(*each.rows_jobs, *_drafts_jobs(own))) for each in clients)

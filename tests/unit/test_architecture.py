@@ -28,6 +28,7 @@ MANY_METHODS = {
 MANY_FIELDS = {
     "client.swarm.Swarm": "the parts that one handle joins",
     "tensor_codec.limits.Limits": "a value: every limit in one place",
+    "client.config.ClientConfig": "a value: a client's choices by their names",
     "node.config.NodeConfig": "a value: an operator's choices by their names",
     "client.generation.options.GenerateArguments": "a value: transformers' options by their names",
     "client.generation.options.SamplingOptions": "a value: transformers' options by their names",

@@ -333,3 +333,28 @@ def test_orders_beyond_the_budget_drop_positions_as_rows_do():
         budget.reorder(journal, step + 1, step, (0, 0))
         assert budget.held <= 100
     assert journal.start > 0
+
+
+def test_a_journal_tells_the_first_position_that_was_replaced_or_forgotten_once():
+    journal = Journal(1, ROW, LENGTH)
+    journal.append(0, 10, body(1, 0, 10))
+    journal.append(10, 2, body(1, 10, 2))
+    assert journal.take_changed() == LENGTH
+    journal.append(6, 3, body(1, 6, 3, seed=1))
+    journal.cut(8)
+    assert journal.take_changed() == 6
+    assert journal.take_changed() == LENGTH
+    journal.cut(8)  # where it ends
+    assert journal.take_changed() == LENGTH
+    journal.cut(2)
+    journal.append(2, 5, body(1, 2, 5))
+    assert journal.take_changed() == 2
+
+
+def test_a_journal_knows_that_rows_were_ever_reordered():
+    journal = Journal(2, 2 * ROW, LENGTH)
+    journal.append(0, 4, body(2, 0, 4))
+    assert not journal.reordered
+    journal.reorder(4, 1, (1, 0))
+    journal.take_back_orders(1)
+    assert journal.reordered

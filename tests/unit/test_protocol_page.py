@@ -74,7 +74,7 @@ INFO = info.PeerInfo(
     "online", "m", "r", 6, 0, 3, "float32", "none", 1, 64, 96, 16, 64, 32, 1.0, 1e-3, 1e-4, "n", "0",
     4,
 )  # fmt: skip
-OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True, 1, PROMPTS, 2, bytes(8))
+OPEN = session.Open(bytes(16), SPEC, 1, 64, "fp32", "p", "s", True, 1, True, 1, PROMPTS, 2, bytes(8), True)
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,12 @@ KINDS = {
     "close": Kind(session.encode_close(), from_client),
     "attach": Kind(attach.encode_attach(attach.Attach(bytes(16))), attach.decode_first),
     "attached": Kind(attach.encode_attached(), attach.decode_attach_reply),
-    "relink": Kind(session.encode_relink(session.Relink(1, "p", "s", True, "fp32", 2)), from_client),
-    "relinked": Kind(session.encode_relinked(session.Relinked(1, True, 5, 2, 3, True, "fp32", 4)), from_hop),
+    "relink": Kind(session.encode_relink(session.Relink(1, "p", "s", True, "fp32", 2, True)), from_client),
+    "relinked": Kind(
+        session.encode_relinked(session.Relinked(1, True, 5, 2, 3, True, "fp32", 4, True)), from_hop
+    ),
     "resume": Kind(session.encode_resume(session.Resume(1, 5, 2, 5, 4)), from_client),
+    "feed": Kind(session.encode_feed(session.Feed(1, "p", 5)), from_client),
     "where": Kind(session.encode_where(), from_client),
     "here": Kind(session.encode_here(session.Here(5, 1, 3)), from_hop),
     "forward": Kind(forward_backward.encode_request(forward_backward.Forward(RUN, ROW, PROMPTS)), request),

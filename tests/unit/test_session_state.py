@@ -610,3 +610,40 @@ def test_orders_of_rows_are_applied_once_whatever_happens_to_the_hops():
         route.run(200)
         happened += route.happened
     assert min(happened["an order that was there already"], happened["a cache that begins again"]) > 50
+
+
+# Standbys
+
+
+def followed(session: ServerSession, position: int, tokens: int) -> Compute:
+    """Take and compute a part that a standby gets."""
+    decision = session.replay(StepRange(position, tokens), follows=True)
+    session.computed(decision)
+    return decision
+
+
+def test_a_standby_goes_back_where_its_sender_did():
+    session = ServerSession(MOST)
+    assert followed(session, 0, 6).cut is None
+    assert followed(session, 3, 1).cut == 3
+    assert session.length == 4
+    with pytest.raises(RemoteProtocolError, match="does not continue"):
+        session.replay(StepRange(5, 1), follows=True)
+
+
+def test_a_standby_that_cannot_go_back_begins_again_or_fails():
+    session = ServerSession(MOST, can_cut=False)
+    followed(session, 0, 6)
+    assert followed(session, 0, 2).cut == 0
+    with pytest.raises(RemoteProtocolError, match="does not continue"):
+        session.replay(StepRange(1, 1), follows=True)
+
+
+def test_what_a_standby_followed_is_forgotten_when_it_becomes_a_hop():
+    session = ServerSession(MOST)
+    followed(session, 0, 6)
+    session.follow(4)
+    session.resume(5, follows=True)
+    assert session.followed == 4
+    session.resume(5)
+    assert session.followed is None

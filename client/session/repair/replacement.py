@@ -45,12 +45,14 @@ class Replacement:
     _unable: frozenset[PeerId] = frozenset()  # peers that cannot serve this session at all
     _refusals: Counter[PeerId] = field(default_factory=Counter)
 
-    def best_chain(self, hops: Sequence[HopState], *, last_resort: bool) -> Chain:
+    def best_chain(
+        self, hops: Sequence[HopState], *, last_resort: bool, standbys: Sequence[Hop] = ()
+    ) -> Chain:
         """Keep usable present hops and fill the gaps; else take the best chain of all.
 
-        Raises NoChain.
+        standbys: take the places of hops with the same blocks.  Raises NoChain.
         """
-        best = self._best_without(frozenset(), hops, last_resort)
+        best = self._best_without(frozenset(), hops, last_resort, standbys)
         if self._distrusted and (pair := self._distrusted_in(best)) is not None:
             for peer in pair:
                 with suppress(NoChain):
@@ -64,7 +66,13 @@ class Replacement:
         pairs = ((one.peer, two.peer) for one, two in pairwise(chain.hops))
         return next((pair for pair in pairs if pair in self._distrusted), None)
 
-    def _best_without(self, without: frozenset[PeerId], hops: Sequence[HopState], last_resort: bool) -> Chain:
+    def _best_without(
+        self,
+        without: frozenset[PeerId],
+        hops: Sequence[HopState],
+        last_resort: bool,
+        standbys: Sequence[Hop] = (),
+    ) -> Chain:
         hops = [hop for hop in hops if hop.hop.peer not in without]
         kept = [hop for hop in hops if hop.alive and (not hop.avoided or (last_resort and self._bears(hop)))]
         choose = partial(
@@ -73,6 +81,9 @@ class Replacement:
         gone = self._unable.union(without, (hop.hop.peer for hop in hops if hop.avoided and not last_resort))
         taken = frozenset(hop.hop.peer for hop in kept) | gone
         chosen: list[Hop] = [hop.hop for hop in kept]
+        left = [hop.hop.blocks for hop in hops if hop not in kept]
+        chosen += [hop for hop in standbys if hop.blocks in left and hop.peer not in taken]
+        taken |= {hop.peer for hop in chosen}
         try:
             missing = gaps(chosen, self.terms.run)
             for done, gap in enumerate(missing, 1):  # each later gap takes a hop at least

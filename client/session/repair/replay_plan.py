@@ -32,6 +32,8 @@ class HopProgress:
     """The progress of a hop: see `tensor_codec.messages.session.Relinked`.
 
     orders: None where the hop cannot reorder rows.
+    follows: it was a standby until now, with the inputs of all steps up to `step` and an answer to none.
+    valid: its later positions were replaced since then; None: no position was.
     """
 
     length: int = 0
@@ -39,6 +41,8 @@ class HopProgress:
     step: int | None = None
     cut: bool = True
     orders: int | None = None
+    follows: bool = False
+    valid: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,7 @@ def plan(standings: Sequence[HopProgress], point: ResumePoint) -> Plan:
     """
     ahead = [_is_ahead(standing, point) for standing in standings]
     held = [
-        _good(standing, point) if one_on else _back_to(standing, _good(standing, point), point)
+        good_length(standing, point) if one_on else _back_to(standing, good_length(standing, point), point)
         for standing, one_on in zip(standings, ahead, strict=True)
     ]
     for index in reversed(range(len(standings) - 1)):
@@ -119,9 +123,11 @@ def plan(standings: Sequence[HopProgress], point: ResumePoint) -> Plan:
     return Plan(tuple(orders), held[0])
 
 
-def _good(standing: HopProgress, point: ResumePoint) -> int:
+def good_length(standing: HopProgress, point: ResumePoint) -> int:
     """The number of valid positions of a hop's cache, up to the point."""
     good = min(standing.length, point.position)
+    if standing.valid is not None:
+        good = min(good, standing.valid)
     for one in point.sent:
         if standing.step is None or one.step > standing.step:
             good = min(good, one.what.position)  # a step that the hop has not seen would have cut there
@@ -130,7 +136,7 @@ def _good(standing: HopProgress, point: ResumePoint) -> int:
 
 def _is_ahead(standing: HopProgress, point: ResumePoint) -> bool:
     """Whether the one step that comes again is the last computed step of this hop."""
-    if len(point.again) != 1:
+    if len(point.again) != 1 or standing.follows:
         return False
     (number,) = point.again
     what = next(one.what for one in point.sent if one.step == number)

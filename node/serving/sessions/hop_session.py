@@ -94,8 +94,8 @@ class SessionRoute:
     """The neighbours of this hop in one epoch of a session; steps of other epochs are forgotten.
 
     predecessor: the peer that pushes steps, or None where the client sends them.  successor: the peer that
-    gets the outputs, or None.  relay: the client carries the outputs to the next hop.  pack, gather: see
-    `Open`.
+    gets the outputs, or None.  relay: the client carries the outputs to the next hop.  pack, gather, follows:
+    see `Open`.
     """
 
     epoch: int
@@ -104,10 +104,11 @@ class SessionRoute:
     relay: bool
     pack: int = 0
     gather: bytes = b""
+    follows: bool = False
 
     @property
     def sends_on(self) -> bool:
-        """Whether a next hop gets the outputs, however they travel."""
+        """Whether a next hop gets the outputs, however they travel, or would of a standby."""
         return self.successor is not None or self.relay
 
 
@@ -246,8 +247,10 @@ class HopSession:
         self.contract = replace(self.contract, codec=codec)
         self.stream.limit = self.contract.frame_bytes
         self.route = SessionRoute(
-            order.epoch, order.predecessor, order.successor, order.relay, order.pack, self.route.gather
-        )
+            order.epoch, order.predecessor, order.successor, order.relay, order.pack, self.route.gather,
+            order.follows,
+        )  # fmt: skip
+        self.outlet.follow(None)
         self.inbox.order(order)
         if self._interruptible is not None:
             self._interruptible.cancel()

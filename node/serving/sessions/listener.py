@@ -313,6 +313,7 @@ class Listener:
                     opened.relay,
                     opened.pack,
                     opened.gather,
+                    opened.follows,
                 ),
                 kept=KeptOutputs(opened.codec),
                 active_at=trio.current_time(),

@@ -26,6 +26,7 @@ from tensor_codec.token_bucket import TokenBucket
 BULK_OPENS_PER_SECOND = 8.0
 BULK_OPENS_BURST = 24
 MAX_BULK_STREAMS = 24
+MAX_ASIDE_STREAMS = 12  # of them for standbys
 CLIENTS_KEPT = 1024  # whose dials are counted
 DRAIN_SECONDS = 2.0  # in which a next hop reads the single tokens that are under way
 
@@ -134,15 +135,15 @@ class PushLink:
                 self._stream = await self._open(self.peer)
             return self._stream
 
-    async def open_bulk(self) -> Sender | None:
-        """A stream for one session alone, to be closed by `close_bulk`; None where too many are open.
+    async def open_bulk(self, most: int = MAX_BULK_STREAMS) -> Sender | None:
+        """A stream for one session alone, to be closed by `close_bulk`; None where `most` are open.
 
         Raises PeerGone, SlowPeer.
         """
         now = trio.current_time()
         refilled = self._may_open + (now - self._filled_at) * BULK_OPENS_PER_SECOND
         self._may_open, self._filled_at = min(BULK_OPENS_BURST, refilled), now
-        if self._bulk_streams >= MAX_BULK_STREAMS or self._may_open < 1:
+        if self._bulk_streams >= most or self._may_open < 1:
             return None
         self._may_open -= 1
         self._bulk_streams += 1
@@ -230,12 +231,14 @@ class Outlet:
     bulk_seconds: time in which the next hop must read a frame of a long prompt or replay; it reads no faster
     than it computes.
     client: the peer that names the next hops, or the network prefix that it shares with others.
+    feeding: of a standby of the next hop.
     """
 
     links: PushLinks
     bulk_seconds: float
     client: str = ""
     link: PushLink | None = None
+    feeding: trio.CancelScope | None = None
     _bulk: Sender | None = None
 
     @property
@@ -266,6 +269,21 @@ class Outlet:
             await self._bulk.send(parts, self.bulk_seconds)
         else:
             await self.link.send(parts)
+
+    def follow(self, feeding: trio.CancelScope | None) -> None:
+        """A standby of the next hop is fed within this scope, in place of another one; None: none is."""
+        if self.feeding is not None:
+            self.feeding.cancel()
+        self.feeding = feeding
+
+    async def begin_aside(self) -> bool:
+        """Have a stream of the session's own for a standby; False where none is to be had now.
+
+        Raises PeerGone, SlowPeer.
+        """
+        assert self.link is not None
+        self._bulk = await self.link.open_bulk(MAX_ASIDE_STREAMS)
+        return self._bulk is not None
 
     @property
     def shared(self) -> PushLink | None:

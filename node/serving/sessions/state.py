@@ -70,6 +70,7 @@ class ServerSession:
     state: State = State.OPEN
     orders: int = 0
     ordered: tuple[int, StepRange] | None = None
+    followed: int | None = None
 
     def receive(self, step: int, what: StepRange) -> Compute | Repeat:
         """Decide about a step.  Raises RemoteProtocolError."""
@@ -103,27 +104,37 @@ class ServerSession:
         self.length = compute.what.position
         self.orders, self.ordered = compute.step + 1, (compute.step, compute.what)
 
-    def replay(self, what: StepRange) -> Compute:
-        """Decide about a part of a replay.  Raises RemoteProtocolError."""
+    def replay(self, what: StepRange, *, follows: bool = False) -> Compute:
+        """Decide about a part of a replay.  Raises RemoteProtocolError.
+
+        follows: of a standby, whose cache goes back where its sender's outputs did.
+        """
         if self.state is State.COMPUTING:
             raise LocalProtocolError("a replay was offered while a step is being computed")
         if self.state is State.CLOSED:
             raise RemoteProtocolError("a replay after the session was closed")
-        if what.position != self.length or not 0 < what.tokens <= self.max_length - what.position:
+        goes_back = follows and what.position < self.length and (self.can_cut or not what.position)
+        in_place = goes_back or what.position == self.length
+        if not in_place or not 0 < what.tokens <= self.max_length - what.position:
             self._fail(
                 f"a replay of {what.tokens} positions from {what.position} on does not continue a cache of"
                 f" {self.length}, opened for {self.max_length}"
             )
         self.state = State.COMPUTING
-        return Compute(None, what, None)
+        return Compute(None, what, what.position if goes_back else None)
 
-    def resume(self, length: int, step: int | None = None) -> None:
+    def follow(self, step: int) -> None:
+        """The cache is that of a hop at `step`, up to its length."""
+        self.followed = step
+
+    def resume(self, length: int, step: int | None = None, *, follows: bool = False) -> None:
         """Go on from `length` positions and forget the later ones.  Raises RemoteProtocolError.
 
         A forgotten step may come again, under its old number.
         step: where rows were reordered, the first step that comes after the replay, which brings rows in the
-        order before it.
+        order before it.  follows: it goes on as a standby.
         """
+        self.followed = None if not follows else self.followed
         if self.state is not State.OPEN:
             raise LocalProtocolError("a session was resumed in the middle of a step, or after its end")
         if length > self.length:

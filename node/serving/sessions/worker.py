@@ -20,6 +20,7 @@ from node.serving.executor.out_of_memory import OutOfMemory, or_refused
 from node.serving.sessions.frame_rates import FrameBudget
 from node.serving.sessions.hop_session import HopSession, SessionCache
 from node.serving.sessions.inbox import Arrived, Landed
+from node.serving.sessions.moving.standby import StandbyFeed, give_way
 from node.serving.sessions.state import Compute
 from node.serving.sessions.together.flights import take_off
 from node.serving.sessions.together.onward import message_of, timings_of
@@ -33,6 +34,7 @@ from tensor_codec.messages.contract import REPLAY_TOKENS, Contract, StepRange, a
 from tensor_codec.messages.fields import Failed, encode_failed, read_message
 from tensor_codec.messages.session import (
     Close,
+    Feed,
     Here,
     Relink,
     Relinked,
@@ -72,7 +74,7 @@ class HopWorker:
         hop = self.hop
         with hop.scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._read)
+                nursery.start_soon(self._read, nursery)
                 nursery.start_soon(self._work)
         hop.state.close()
         if (reason := hop.end_reason) is not None:
@@ -100,15 +102,25 @@ class HopWorker:
             fault.peer = sender
         self.hop.end(fault)
 
-    async def _read(self) -> None:
-        """Receive the client's messages until it closes the session or goes away."""
+    async def _read(self, nursery: trio.Nursery) -> None:
+        """Receive the client's messages until it closes the session or goes away.
+
+        nursery: of the session's tasks.
+        """
         hop, taker = self.hop, partial(_take_step, self)
         try:
             while (frame := await hop.stream.receive(taker=taker)) is not None:
                 message = decode_from_client(frame, hop.contract)
                 if isinstance(message, Close):
                     break
-                await self._handle(message)
+                if isinstance(message, Feed):
+                    await self.frames.spend("relink", hop.stream)
+                    if message.epoch == hop.route.epoch:
+                        feed = StandbyFeed.of(hop, message, self.limits)
+                        hop.outlet.follow(feed.scope)
+                        nursery.start_soon(feed.run)
+                else:
+                    await self._handle(message)
         except PeerGone:
             pass  # the client has gone, and its session ends
         except PeerFault as fault:
@@ -200,10 +212,11 @@ class HopWorker:
             push,
             state.length,
             first_kept,
-            state.last[0] if state.last is not None else None,
+            state.last[0] if state.last is not None else state.followed,
             state.can_cut,
             order.codec,
             state.orders,
+            state.last is None and state.followed is not None,
         )
         if order.epoch == hop.route.epoch:
             await send_to_client(hop, encode_relinked(answer))
@@ -214,7 +227,7 @@ class HopWorker:
         Raises RemoteProtocolError.
         """
         hop = self.hop
-        hop.state.resume(order.length, order.step)
+        hop.state.resume(order.length, order.step, follows=hop.route.follows)
         if hop.state.last is None:
             hop.kept.answer = None  # of positions that are forgotten
         self.cut(order.length)
@@ -253,8 +266,15 @@ class HopWorker:
         step, hop, contract = arrived.step, self.hop, self.hop.contract  # a Relink may change it meanwhile
         tokens = len(step.body) // (contract.packed_row_bytes if step.packed else contract.row_bytes)
         what = StepRange(step.position, tokens, step.reply, step.rope_length, step.rows)
-        replay = step.reply == "replay"
-        decision = hop.state.replay(what) if replay else hop.state.receive(step.step, what)
+        replay, follows = step.reply == "replay", hop.route.follows
+        if follows:
+            if not replay or what.position > hop.state.length:
+                return  # it has missed positions, and is filled by the repair that needs it
+            with hop.interruptible():
+                await give_way(self.engine)
+            if step.epoch != hop.route.epoch:
+                return
+        decision = hop.state.replay(what, follows=follows) if replay else hop.state.receive(step.step, what)
         answer = hop.kept.answer
         if isinstance(decision, Compute):
             answer = await self._compute(step, decision, contract)
@@ -268,7 +288,7 @@ class HopWorker:
         """The answer, part of the session from now on; None where it was refused or interrupted."""
         hop, what = self.hop, decision.what
         answer: Answer | None = None
-        whole = False
+        whole, number = False, step.step if hop.route.follows else None
         try:
             with hop.interruptible() if hop.state.can_cut else trio.CancelScope():
                 await self._allocate(decision)
@@ -292,14 +312,19 @@ class HopWorker:
         if answer is None:
             hop.state.dropped(decision)
             return None
-        return self.keep(decision, answer, whole=whole)
+        return self.keep(decision, answer, whole=whole, number=number)
 
-    def keep(self, decision: Compute, answer: Answer, *, whole: bool) -> Answer:
-        """Make an answer part of the session: the journal has it, where it is whole, and a retry finds it."""
+    def keep(self, decision: Compute, answer: Answer, *, whole: bool, number: int | None = None) -> Answer:
+        """Make an answer part of the session: the journal has it, where it is whole, and a retry finds it.
+
+        number: of the step, where the session follows a hop as its standby.
+        """
         hop, what = self.hop, decision.what
         hop.state.computed(decision)
         if (journal := hop.kept.journal) is not None and whole:
             self.journals.append(journal, what.position, what.tokens, answer.body, what.rope_length)
+        if number is not None:
+            hop.state.follow(number)
         if decision.step is not None:
             hop.kept.answer = replace(answer, packed=None) if answer.packed is not None else answer
         else:
@@ -350,7 +375,7 @@ class HopWorker:
         hop = self.hop
         stop = what.position + what.tokens
         start = max(what.position, hop.kept.successor_has)
-        if not hop.route.sends_on or start >= stop:
+        if not hop.route.sends_on or start >= stop or hop.route.follows:
             return
         # The body is the answer's: the journal may have dropped the positions.
         body = _from_position(answer.body, hop.contract, start - what.position)

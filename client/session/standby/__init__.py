@@ -1,0 +1,1 @@
+"""Warm standbys of a session's hops: peers whose caches follow."""
