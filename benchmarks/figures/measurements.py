@@ -39,7 +39,7 @@ LONG: Mapping[str, Sequence[str]] = {
     "decode-int8-1": ["decode", "--servers", "1", "--quantize", "int8"],
     "decode-int8-3": ["decode", "--servers", "3", "--quantize", "int8"],
     "decode-int8-1x16": ["decode", "--servers", "1", "--clients", "16", "--quantize", "int8"],
-    "peers-int8": ["peers", "--rows", "raceme-int8-*", "llama.cpp-Q8_0-*"],
+    "peers-int8": ["peers", "--rows", "raceme-int8-*", "llama.cpp-Q8_0-*", "--many-threads", "1", "2"],
     "peers-bf16": ["peers", "--rows", "raceme-bf16-*", "llama.cpp-BF16-*", "--many", "0"],
     "peers-float32": [
         "peers", "--rows", "*-float32*", "llama.cpp-F32-*", "--many", "0", "--transformers",

@@ -227,13 +227,13 @@ def trace_figures(conversation: Conversation, at: float) -> dict[str, float | No
     events = [event for event in trace_events(conversation) if event.at >= at]
     seen = next((event.at - at for event in events if event.kind == "fault"), None)
     mended = [event.data for event in events if event.kind == "recovered"]
-    replays = [event for event in events if event.kind == "replayed"]
+    replayed = sum(event.data["stop"] - event.data["start"] for event in events if event.kind == "replayed")
     replay = sum(data["replay_seconds"] for data in mended) if mended else None
     return {
         "detect_s": seen,
         "replay_s": replay,
         "recovered_s": sum(data["seconds"] for data in mended) if mended else None,
-        "replayed": float(sum(event.data["stop"] - event.data["start"] for event in replays)),
+        "replayed": float(replayed) if mended else None,
     }
 
 

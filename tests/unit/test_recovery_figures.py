@@ -51,13 +51,17 @@ def test_percentiles_are_of_the_nearest_rank_and_leave_out_what_is_not_known(sha
 def test_the_trace_tells_what_came_behind_the_strike():
     events = [
         SimpleNamespace(at=1.0, kind="fault", data={}),
+        SimpleNamespace(at=2.0, kind="replayed", data={"start": 0, "stop": 9}),
         SimpleNamespace(at=5.5, kind="fault", data={}),
+        SimpleNamespace(at=5.9, kind="replayed", data={"start": 0, "stop": 40}),
         SimpleNamespace(at=6.0, kind="recovered", data={"seconds": 0.4, "replay_seconds": 0.1}),
+        SimpleNamespace(at=6.9, kind="replayed", data={"start": 40, "stop": 42}),
         SimpleNamespace(at=7.0, kind="recovered", data={"seconds": 0.2, "replay_seconds": 0.1}),
     ]
     conversation: Any = SimpleNamespace(trace=SimpleNamespace(events=events))
     figures = trace_figures(conversation, 5.0)
-    assert figures == {"detect_s": 0.5, "replay_s": 0.2, "recovered_s": pytest.approx(0.6)}
+    expected = {"detect_s": 0.5, "replay_s": 0.2, "recovered_s": pytest.approx(0.6), "replayed": 42.0}
+    assert figures == expected
     untraced: Any = SimpleNamespace()
     assert set(trace_figures(untraced, 5.0).values()) == {None}
 
