@@ -38,7 +38,7 @@ log = logging.getLogger("raceme")
 
 ROWS, OUTS = 6, 4 if LANES == 16 else 2  # of a tile: its sums fill the registers
 VECTOR_BYTES = 4 * LANES
-BLOCK_VECTORS = 128  # of k: 24 KiB of a tile's rows in AVX2, 48 KiB in AVX-512, the L1 cache of such CPUs
+BLOCK_VECTORS = 128  # of k: 24 KiB of a tile's rows in AVX2, 48 KiB in AVX-512; L1 caches have 32 or 48 KiB
 PANEL_BYTES = 128 * 1024  # of converted weights: a part of the L2 cache, 512 KiB on older CPUs
 LEAST_TILES = 8  # of outputs in a panel, of long rows too: for each a block of x is read from the L1 cache
 SUMS_BYTES = ROWS * OUTS * VECTOR_BYTES
